@@ -1,0 +1,68 @@
+"""`untrojan evaluate`: how a model does on clean images, and on triggered ones where the attack is known."""
+
+import click
+
+from untrojan.cli.options import json_option, load_images, net_options, progress, quiet_option, sample_options
+from untrojan.errors import ConfigError
+from untrojan.lab.attack import Attack, Target
+from untrojan.lab.evaluate import Scores
+from untrojan.lab.evaluate import evaluate as measure
+from untrojan.record import Rate
+from untrojan.registry import parse
+from untrojan.sources import load
+
+
+@click.command()
+@net_options
+@click.option("--test", required=True, metavar="DATA", help="Test images: parquet, folder per class, npz, or Hub id.")
+@sample_options
+@click.option("--attack", metavar="SPEC", help="Such as badnets:size=4,row=27,col=27,value=1; comes with --target.")
+@click.option("--target", help="Class that the attacker wants, or all-to-all.")
+@click.option("--before", metavar="MODEL", help="The model before its repair, to add DER.")
+@json_option
+@quiet_option
+def evaluate(
+    model: str,
+    net: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    test: str,
+    samples: int | None,
+    samples_per_class: int | None,
+    attack: str | None,
+    target: str | None,
+    before: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Measure MODEL: clean accuracy (ACC), attack success rate (ASR) and robust accuracy (RA)."""
+    known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
+    wanted = _target(target)
+    network = load(model, net, mean, std)
+    original = load(before, net, mean, std) if before else None
+    images = load_images(test, samples, samples_per_class)
+    with progress(quiet):
+        earlier = measure(original, images, known, wanted) if original is not None else None
+        scores = measure(network, images, known, wanted, earlier)
+    click.echo(scores.model_dump_json(indent=2) if as_json else _table(scores))
+    return 0
+
+
+def _target(text: str | None) -> Target | None:
+    if text is None or text == "all-to-all":
+        return text
+    if not text.isdecimal():
+        raise ConfigError(f"expected a class number or all-to-all as target, got {text!r}")
+    return int(text)
+
+
+def _table(scores: Scores) -> str:
+    rows = {"ACC": scores.acc, "ASR": scores.asr, "RA": scores.ra}
+    lines = [f"{name:<4}{_row(rate)}" for name, rate in rows.items() if rate is not None]
+    return "\n".join(lines + ([f"DER {scores.der:.3f}"] if scores.der is not None else []))
+
+
+def _row(rate: Rate) -> str:
+    if rate.value is None:
+        return "no image to measure it on"
+    return f"{rate.value:7.2%}   {rate.count} of {rate.total}, 95 % interval {rate.low:.2%} to {rate.high:.2%}"

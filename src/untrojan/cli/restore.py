@@ -1,0 +1,24 @@
+"""`untrojan restore`: the original weights back, bit for bit."""
+
+from pathlib import Path
+
+import click
+
+from untrojan.defenses.defense import CHANGES, REPAIRED
+from untrojan.errors import ConfigError
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.files import restore as undo
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+def restore(folder: Path, out: Path, force: bool) -> int:
+    """Undo the repair in FOLDER, bit for bit, and write the original weights."""
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists; give another file, or --force to replace it")
+    original = undo(Checkpoint.read(folder / REPAIRED).tensors, folder / CHANGES)
+    save_state(out, original)
+    click.echo(f"wrote {out}, the original weights with state {state_sha256(original)}")
+    return 0

@@ -1,0 +1,294 @@
+"""The base of every defense, and what a defense gives back."""
+
+import copy
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UntrojanWarning
+from untrojan.mask import Mask
+from untrojan.model import logits, require
+from untrojan.progress import timing
+from untrojan.record import (
+    Accuracy,
+    Check,
+    CleanInfo,
+    Diagnosis,
+    Layer,
+    MethodInfo,
+    ModelInfo,
+    Rate,
+    Record,
+    Selection,
+    Status,
+    environment,
+    peak_memory,
+    sha256,
+    write_atomic,
+)
+from untrojan.registry import describe
+from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
+
+REPAIRED, CHANGES, REPORT, RECORD = (
+    "repaired.safetensors",
+    "changes.safetensors",
+    "report.html",
+    "record.json",
+)
+
+
+class Outcome(NamedTuple):
+    """What the author of a defense returns from `_repair`.
+
+    Attributes:
+        model: The repaired network, of the same architecture.
+        before: Which clean images the original gets right: bool `(n,)`.
+        after: The same images for the repaired network.
+        held_out: Whether nothing was fitted on the images that `after` was measured on.
+        checks: What the repaired model had to satisfy, and whether it does.
+        diagnosis: What was found, when the method looked or was told.
+        selection: How the method chose how much to change, when it has such a choice.
+        mask: The method's scores, one per unit.
+        kept: Ones where a unit was kept, zeros where it was pruned.
+    """
+
+    model: nn.Module
+    before: Tensor
+    after: Tensor
+    held_out: bool
+    checks: list[Check]
+    diagnosis: Diagnosis | None = None
+    selection: Selection | None = None
+    mask: Mask | None = None
+    kept: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repaired model and the record of how it came about.
+
+    Attributes:
+        model: The network: same class, same state-dict keys; the original object is untouched.
+        record: Everything about the run; see :class:`untrojan.record.Record`.
+    """
+
+    model: nn.Module = field(repr=False)
+    record: Record = field(repr=False)
+    _parent: Mapping[str, Tensor] = field(repr=False)
+    _child: Mapping[str, Tensor] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"Repair({self.record.status}: {self.record.reason})"
+
+    def report(self, path: str | Path) -> None:
+        """Write the report as one HTML page that needs no network."""
+        from untrojan.report import render
+
+        write_atomic(Path(path), render(self.record).encode())
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Write `repaired.safetensors`, `changes.safetensors`, `report.html` and `record.json`.
+
+        The folder appears whole: everything is written beside it first. Into a folder that exists, the four files
+        are moved one by one, the record last.
+
+        Args:
+            folder: Where to; made if it is not there.
+            force: Replace these four files when the folder holds something already.
+
+        Raises:
+            ConfigError: The folder is not empty and `force` is not set.
+            OSError: It cannot be written.
+        """
+        folder = Path(folder).absolute()
+        require_free(folder, force)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
+            made = Path(partial) / folder.name
+            made.mkdir()
+            save_state(made / REPAIRED, self._child, {"untrojan": self.record.status})
+            save_changes(made / CHANGES, self._parent, self._child)
+            saved = replace(self, record=self._with_file(sha256((made / REPAIRED).read_bytes())))
+            saved.report(made / REPORT)
+            write_atomic(made / RECORD, saved.record.to_json().encode())
+            _move(made, folder)
+
+    def _with_file(self, file_sha256: str) -> Record:
+        repaired = self.record.repaired.model_copy(update={"path": REPAIRED, "sha256": file_sha256})
+        return self.record.model_copy(update={"repaired": repaired})
+
+
+def require_free(folder: Path, force: bool) -> None:
+    """Raise when :meth:`Repair.save` would refuse `folder`, so that nobody waits for a run to hear it."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a folder to write into")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
+
+
+class Defense(ABC):
+    """Base of every defense; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
+
+    Authors write :meth:`_repair`, which gets a copy of the model and a seeded random state. Everything that is
+    common to all defenses is done here, once.
+    """
+
+    name: ClassVar[str]
+
+    @final
+    def repair(
+        self,
+        model: nn.Module,
+        clean: CleanSet,
+        diagnosis: Diagnosis | None = None,
+        seed: int = 0,
+        source: Checkpoint | None = None,
+    ) -> Repair:
+        """Repair a model.
+
+        Args:
+            model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
+            clean: Clean images with their true labels, at least one of each class.
+            diagnosis: What a scan found; without it the method looks for itself.
+            seed: Same seed, same repair; the caller's random state is left alone.
+            source: The file the model came from, for the record, and for its keys and types when saving.
+
+        Returns:
+            The repaired model with its record. Whether it may be called repaired is `record.status`.
+
+        Raises:
+            ModelError: The model cannot be used, or the method left it unusable.
+            DataError: The images do not fit the model.
+        """
+        require(model, clean)
+        with _collected() as caught, timing() as seconds, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            outcome = self._repair(copy.deepcopy(model), clean, diagnosis, seed)
+            parent, child = _state(model, source), _state(outcome.model, source)
+            _require_sound(parent, child, outcome.model, clean)
+            status, reason = _status(outcome, changed=state_sha256(parent) != state_sha256(child))
+            if status == "failed" and state_sha256(parent) == state_sha256(child):
+                warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
+        classes = logits(model, clean.take([0])).shape[1]
+        record = Record(
+            status=status,
+            reason=reason,
+            method=MethodInfo(name=self.name, fields=describe(self)),
+            seed=seed,
+            model=_model_info(model, parent, classes, source),
+            clean=_clean_info(clean, classes),
+            diagnosis=outcome.diagnosis,
+            selection=outcome.selection,
+            before=_accuracy(outcome.before, outcome.held_out),
+            after=_accuracy(outcome.after, outcome.held_out),
+            checks=outcome.checks,
+            units_changed=outcome.kept.pruned if outcome.kept else 0,
+            units_total=outcome.mask.total if outcome.mask else 0,
+            layers=_layers(outcome.mask, outcome.kept),
+            repaired=_model_info(outcome.model, child, classes, None),
+            seconds=seconds,
+            peak_memory_bytes=peak_memory(),
+            environment=environment(),
+            warnings=[str(warning.message) for warning in caught],
+        )
+        return Repair(outcome.model, record, parent, child)
+
+    @abstractmethod
+    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis | None, seed: int) -> Outcome:
+        """Repair a copy of the model, with the random state seeded."""
+
+
+@contextmanager
+def _collected() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect untrojan's warnings for the record, and give them to the caller at the end all the same."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UntrojanWarning)
+        ours: list[warnings.WarningMessage] = []
+        yield ours
+        ours.extend(warning for warning in caught if issubclass(warning.category, UntrojanWarning))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _status(outcome: Outcome, changed: bool) -> tuple[Status, str]:
+    verdict = outcome.diagnosis.verdict if outcome.diagnosis else None
+    if verdict == "not_found" and not changed:
+        return "nothing_to_repair", "no backdoor was found, and the model is unchanged"
+    failed = [check.detail for check in outcome.checks if not check.passed]
+    if failed:
+        return "failed", "; ".join(failed)
+    if not changed:
+        return "failed", "the method changed nothing"
+    return "repaired", "; ".join(check.detail for check in outcome.checks)
+
+
+def _state(model: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
+    """The state dict as it is saved: with the keys and types of the source, where there is one."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    if source is None:
+        return state
+    return {name: state[name].to(original.dtype) for name, original in source.tensors.items()}
+
+
+def _require_sound(
+    parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet
+) -> None:
+    if {name: value.shape for name, value in parent.items()} != {name: value.shape for name, value in child.items()}:
+        raise ModelError("the method changed the architecture: expected the same state-dict keys and shapes")
+    logits(model, clean)
+
+
+def _accuracy(correct: Tensor, held_out: bool) -> Accuracy:
+    return Accuracy(accuracy=Rate.of(int(correct.sum()), correct.numel()), held_out=held_out)
+
+
+def _model_info(model: nn.Module, state: Mapping[str, Tensor], classes: int, source: Checkpoint | None) -> ModelInfo:
+    return ModelInfo(
+        path=source.path if source else None,
+        sha256=source.sha256 if source else None,
+        state_sha256=state_sha256(state),
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        classes=classes,
+    )
+
+
+def _clean_info(clean: CleanSet, classes: int) -> CleanInfo:
+    return CleanInfo(
+        path=clean.path,
+        sha256=clean.sha256,
+        images=len(clean),
+        shape=clean.shape,
+        per_class=torch.bincount(clean.labels, minlength=classes).tolist(),
+        class_names=list(clean.class_names) if clean.class_names else None,
+    )
+
+
+def _layers(mask: Mask | None, kept: Mask | None) -> list[Layer]:
+    if mask is None or kept is None:
+        return []
+    return [
+        Layer(
+            name=name.removesuffix(".weight"),
+            values=value.flatten().tolist(),
+            changed=(kept.values[name] == 0).flatten().nonzero().flatten().tolist(),
+        )
+        for name, value in mask.values.items()
+    ]
+
+
+def _move(made: Path, folder: Path) -> None:
+    if not folder.exists():
+        made.rename(folder)
+        return
+    for name in (REPAIRED, CHANGES, REPORT, RECORD):
+        (made / name).replace(folder / name)

@@ -1,0 +1,121 @@
+"""The attack contract: clean images in, images with the trigger out; and the labels the attacker wants."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal, final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from untrojan.errors import ConfigError, DataError
+from untrojan.readers import pixels
+
+Target = int | Literal["all-to-all"]
+"""A target class (all-to-one), or `"all-to-all"`: class `y` is to become `(y + 1) mod K`."""
+
+
+class Attack(ABC):
+    """Base of every attack; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
+
+    Authors write :meth:`_trigger`. It is deterministic, and it saturates: what leaves [0, 1] is clipped.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> BadNets(size=1).trigger(torch.zeros(1, 1, 2, 2)).tolist()
+        [[[[0.0, 0.0], [0.0, 1.0]]]]
+    """
+
+    name: ClassVar[str]
+
+    @final
+    def trigger(self, images: Tensor) -> Tensor:
+        """Put the trigger on images.
+
+        Args:
+            images: Float `(N, C, H, W)` in [0, 1]; not changed.
+
+        Returns:
+            The triggered images, of the same shape and type, in [0, 1].
+
+        Raises:
+            DataError: The images are not of that kind, or the trigger does not fit them.
+        """
+        _require_images(images, "images")
+        triggered = self._trigger(images.clone())
+        _require_images(triggered, f"images from {self.name}")
+        if triggered.shape != images.shape or triggered.dtype != images.dtype:
+            raise DataError(
+                f"expected images from {self.name} of the shape and type that went in, "
+                f"{tuple(images.shape)} {images.dtype}, got {tuple(triggered.shape)} {triggered.dtype}"
+            )
+        return triggered
+
+    @abstractmethod
+    def _trigger(self, images: Tensor) -> Tensor:
+        """Return `images`, a checked copy that may be written to, with the trigger on them."""
+
+
+def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:
+    """Give the label that the attacker wants for each image.
+
+    Args:
+        labels: True labels, int64 `(N,)`, in [0, `classes`).
+        target: The target class, or `"all-to-all"`.
+        classes: How many classes the model tells apart.
+
+    Returns:
+        int64 `(N,)`.
+
+    Raises:
+        ConfigError: The target is neither a class of the model nor `"all-to-all"`.
+
+    Example:
+        >>> target_labels(torch.tensor([0, 8, 9]), "all-to-all", 10).tolist()
+        [1, 9, 0]
+        >>> target_labels(torch.tensor([0, 8, 9]), 8, 10).tolist()
+        [8, 8, 8]
+    """
+    if target == "all-to-all":
+        return (labels + 1) % classes
+    if not isinstance(target, int) or not 0 <= target < classes:
+        raise ConfigError(f'expected target "all-to-all" or a class from 0 to {classes - 1}, got {target!r}')
+    return torch.full_like(labels, target)
+
+
+def read_image(path: Path) -> Tensor:
+    """Read a trigger from an image file.
+
+    Args:
+        path: An 8-bit gray or RGB image without transparency, in a lossless format such as PNG.
+
+    Returns:
+        Float32 `(C, H, W)` in [0, 1], with C = 1 for gray and 3 for RGB.
+
+    Raises:
+        DataError: The file is no such image.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     Image.new("RGB", (5, 4), "white").save(file.name)
+        ...     read_image(Path(file.name)).shape
+        torch.Size([3, 4, 5])
+    """
+    try:
+        with Image.open(path) as image:
+            values = pixels(image, str(path))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"expected an image in {path}, got a file that cannot be read as one: {error}") from error
+    return torch.from_numpy(values.astype(np.float32)) / 255
+
+
+def _require_images(images: Tensor, what: str) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        came = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"expected {what} as a float tensor (N, C, H, W) in [0, 1], got {came}")
+    if images.numel():
+        low, high = (extreme.item() for extreme in torch.aminmax(images))
+        if not (low >= 0 and high <= 1):
+            raise DataError(f"expected {what} in [0, 1], got {low:g} to {high:g}; divide 8-bit pixels by 255")

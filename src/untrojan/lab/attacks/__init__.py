@@ -1,0 +1,1 @@
+"""The attacks, one file each; :func:`untrojan.registry.discover` finds them."""

@@ -1,0 +1,189 @@
+"""Measure a model on clean and on triggered images: ACC, ASR, RA and DER."""
+
+import math
+from collections.abc import Callable
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, DataError, ModelError, RecordError
+from untrojan.lab.attack import Attack, Target, target_labels
+from untrojan.model import logits
+from untrojan.progress import stage
+from untrojan.record import MethodInfo, Rate
+from untrojan.registry import describe
+
+
+class Scores(BaseModel):
+    """How a model does on one set of images.
+
+    What was not asked for or does not exist is `None`, and so is the value of a rate over no images.
+
+    Attributes:
+        acc: Clean accuracy, over all images.
+        acc_without_target: Clean accuracy over the images whose true class is not the target, which is what
+            RNP reports; `None` for all-to-all.
+        asr: Attack success rate: triggered images that get the label the attacker wants. Images of the target
+            class are left out, so that all-to-all counts every image.
+        ra: Robust accuracy: triggered images that get their true label, over the same images as `asr`, so
+            that ASR + RA ≤ 1.
+        der: Defense effectiveness rating against an earlier measurement, in [0, 1]; see :func:`der`.
+        attack: The attack and all its fields.
+        target: The target class, or "all-to-all".
+        images: How many images the set has.
+        images_sha256: Which images these were.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    acc: Rate
+    acc_without_target: Rate | None = None
+    asr: Rate | None = None
+    ra: Rate | None = None
+    der: float | None = None
+    attack: MethodInfo | None = None
+    target: Target | None = None
+    images: int
+    images_sha256: str
+
+
+def evaluate(
+    model: nn.Module,
+    images_set: CleanSet,
+    attack: Attack | None = None,
+    target: Target | None = None,
+    before: Scores | None = None,
+    batch_size: int = 256,
+) -> Scores:
+    """Measure a model on clean images and, where an attack is given, on the same images with its trigger.
+
+    The model runs in evaluation mode without gradients; afterwards every part has its own mode back.
+
+    Args:
+        model: From images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
+        images_set: Clean test images with their true labels.
+        attack: Whose trigger to put on; needs `target`.
+        target: What the attacker wants: a class from 0 to K-1, or "all-to-all".
+        before: Scores of the model before its repair, from the same images, attack and target; adds DER.
+        batch_size: Images per forward pass; has no influence on the result beyond rounding.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ConfigError: Only one of `attack` and `target` was given, the target is no class of the model, or the
+            batch size is below 1.
+        DataError: The trigger does not fit the images, or a label is no class of the model.
+        ModelError: The model does not give finite logits `(N, K)` with K ≥ 2.
+        RecordError: `before` was measured on other images, or with another attack or target.
+
+    Example:
+        >>> import torch
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> images = CleanSet(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1]))
+        >>> scores = evaluate(net, images, BadNets(size=1), target=1)
+        >>> scores.acc.value, scores.asr.total
+        (0.5, 2)
+    """
+    if (attack is None) != (target is None):
+        raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
+    info = None if attack is None else MethodInfo(name=attack.name, fields=describe(attack))
+    if before is not None:
+        _require_same(before, info, target, images_set.sha256)
+
+    labels = images_set.labels
+    passes = 1 if attack is None else 2
+    with stage("evaluate", total=passes * math.ceil(len(images_set) / max(batch_size, 1))) as advance:
+        clean = logits(_Watched(model, None, advance), images_set, batch_size)
+        classes = _count_classes(clean, labels)
+        right = clean.argmax(1) == labels
+        scores = Scores(acc=_rate(right), images=len(images_set), images_sha256=images_set.sha256)
+        if attack is None or target is None:
+            return scores
+        wanted = target_labels(labels, target, classes)
+        triggered = logits(_Watched(model, attack, advance), images_set, batch_size).argmax(1)
+
+    counted = wanted != labels
+    scores = scores.model_copy(
+        update={
+            "acc_without_target": None if target == "all-to-all" else _rate(right[counted]),
+            "asr": _rate((triggered == wanted)[counted]),
+            "ra": _rate((triggered == labels)[counted]),
+            "attack": info,
+            "target": target,
+        }
+    )
+    return scores if before is None else scores.model_copy(update={"der": der(before, scores)})
+
+
+def der(before: Scores, after: Scores) -> float | None:
+    """Rate a defense by what it took from the attack and what it cost: BackdoorBench's DER.
+
+    `½ [max(0, ASR before - ASR after) - max(0, ACC before - ACC after) + 1]`: 1 is a backdoor removed for
+    free, ½ is no change, and less than ½ is a loss of accuracy that bought too little.
+
+    Args:
+        before: Scores of the model before its repair.
+        after: Scores of the model after it, from the same images, attack and target.
+
+    Returns:
+        A rating in [0, 1], or `None` where there is no attack success rate.
+
+    Raises:
+        RecordError: The two were not measured on the same images with the same attack and target.
+
+    Deviations:
+        BackdoorBench's array functions add the accuracy term, so that a loss raises the rating; here it is
+        subtracted.
+
+    References:
+        Wu et al.: BackdoorBench, NeurIPS 2022, arXiv:2206.12654.
+        Zhu et al.: Enhancing fine-tuning based backdoor defense with sharpness-aware minimization, ICCV 2023,
+        arXiv:2304.11823.
+    """
+    _require_same(before, after.attack, after.target, after.images_sha256)
+    rates = (before.acc, before.asr, after.acc, after.asr)
+    acc_before, asr_before, acc_after, asr_after = (None if rate is None else rate.value for rate in rates)
+    if acc_before is None or asr_before is None or acc_after is None or asr_after is None:
+        return None
+    return (max(0.0, asr_before - asr_after) - max(0.0, acc_before - acc_after) + 1) / 2
+
+
+class _Watched(nn.Module):
+    """A model behind a trigger, if there is one, that tells after every batch."""
+
+    def __init__(self, model: nn.Module, attack: Attack | None, advance: Callable[[], None]) -> None:
+        super().__init__()
+        self._model = model
+        self._attack = attack
+        self._advance = advance
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self._model(images if self._attack is None else self._attack.trigger(images))
+        self._advance()
+        return out
+
+
+def _count_classes(out: Tensor, labels: Tensor) -> int:
+    if out.ndim != 2 or out.shape[1] < 2:
+        raise ModelError(f"expected logits (N, K) with K >= 2 from the model, got shape {tuple(out.shape)}")
+    classes = out.shape[1]
+    if labels.max() >= classes:
+        raise DataError(f"expected labels from 0 to {classes - 1}, the model's classes, got label {int(labels.max())}")
+    return classes
+
+
+def _require_same(before: Scores, attack: MethodInfo | None, target: Target | None, images_sha256: str) -> None:
+    for what, was, now in (
+        ("attack", before.attack, attack),
+        ("target", before.target, target),
+        ("images", before.images_sha256, images_sha256),
+    ):
+        if was != now:
+            raise RecordError(f"expected the same {what} before and after, got {was} and {now}; measure both alike")
+
+
+def _rate(hits: Tensor) -> Rate:
+    return Rate.of(int(hits.sum()), hits.numel())

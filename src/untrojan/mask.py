@@ -1,0 +1,262 @@
+"""Masks: multipliers for the parameters of a network, learned and applied without rewriting it.
+
+The only place that knows layer types, and the only place that decides how much to prune.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, ModelError
+from untrojan.model import correct
+from untrojan.progress import stage
+from untrojan.record import CurvePoint
+
+Unit = Literal["neuron", "filter", "weight"]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One multiplier per unit of a network, kept as data beside it.
+
+    A unit is, by `unit`:
+
+    * `neuron`: one channel's scale. That is the weight of the BatchNorm layers; in a network without any, of its
+      GroupNorm, LayerNorm and InstanceNorm layers; in one without these too, the output channels of its convolution
+      and linear layers, the last one (the logits) excepted. The channel's bias is left alone, as RNP and ANP publish
+      it: a masked channel still emits a constant.
+    * `filter`: the same channel with its bias, so that a zero really silences it.
+    * `weight`: every element of the convolution and linear weights, the last layer excepted (AWM).
+
+    Attributes:
+        values: Multipliers by parameter name: float `(units,)` for `neuron` and `filter`, the parameter's own shape
+            for `weight`. 1 leaves a unit as it is, 0 removes it.
+        unit: What one multiplier stands for.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        >>> mask = Mask.ones(net, "neuron")
+        >>> mask.total
+        4
+        >>> pruned = mask.count(1).bake(net)
+        >>> int((pruned[1].weight == 0).sum())
+        1
+    """
+
+    values: Mapping[str, Tensor]
+    unit: Unit
+
+    @classmethod
+    def ones(cls, model: nn.Module, unit: Unit) -> Self:
+        """Make the mask that changes nothing.
+
+        Raises:
+            ModelError: The network has no unit of that kind.
+        """
+        names = _weight_names(model) if unit == "weight" else _channel_names(model)
+        if not names:
+            raise ModelError(
+                f"nothing to mask by {unit}: expected normalization, convolution or linear layers before the last one"
+            )
+        parameters = dict(model.named_parameters())
+        return cls(
+            {
+                name: torch.ones(parameters[name].shape if unit == "weight" else parameters[name].shape[:1])
+                for name in names
+            },
+            unit,
+        )
+
+    @property
+    def total(self) -> int:
+        """Number of units."""
+        return sum(value.numel() for value in self.values.values())
+
+    @property
+    def pruned(self) -> int:
+        """Number of units whose multiplier is 0."""
+        return sum(int((value == 0).sum()) for value in self.values.values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to the multipliers of each layer."""
+        return type(self)({name: change(value) for name, value in self.values.items()}, self.unit)
+
+    def call(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Run the masked network: what :meth:`bake` would compute, with gradients reaching the multipliers.
+
+        The network is not changed, nor are its running statistics, in training mode either.
+
+        Args:
+            model: The network, in the mode wanted.
+            images: `(N, C, H, W)` in [0, 1].
+
+        Returns:
+            Logits `(N, K)`.
+        """
+        state = self._masked(model)
+        if model.training:
+            state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return functional_call(model, state, (images,))
+
+    def bake(self, model: nn.Module) -> nn.Module:
+        """Fold the multipliers into a copy of the network; the architecture and the names stay the same."""
+        baked = copy.deepcopy(model)
+        parameters = dict(baked.named_parameters())
+        with torch.no_grad():
+            for name, value in self._masked(model).items():
+                parameters[name].copy_(value)
+        return baked
+
+    def threshold(self, threshold: float) -> Self:
+        """Prune the units whose multiplier is at or below `threshold`, in [0, 1]: a mask of zeros and ones."""
+        return self.map(lambda value: (value > threshold).to(value.dtype))
+
+    def count(self, count: int) -> Self:
+        """Prune the `count` units with the smallest multipliers, over all layers; ties fall in network order.
+
+        Raises:
+            ConfigError: `count` is not between 0 and the number of units.
+        """
+        if not 0 <= count <= self.total:
+            raise ConfigError(f"expected a count between 0 and {self.total} units, got {count}")
+        flat = torch.cat([value.flatten() for value in self.values.values()])
+        kept = torch.ones_like(flat)
+        kept[flat.argsort(stable=True)[:count]] = 0
+        parts = kept.split([value.numel() for value in self.values.values()])
+        return type(self)(
+            {name: part.view_as(value) for (name, value), part in zip(self.values.items(), parts, strict=True)},
+            self.unit,
+        )
+
+    def equal(self, other: Self) -> bool:
+        """Whether both hold the same multipliers for the same units."""
+        return self.values.keys() == other.values.keys() and all(
+            torch.equal(value, other.values[name]) for name, value in self.values.items()
+        )
+
+    def _masked(self, model: nn.Module) -> dict[str, Tensor]:
+        parameters = dict(model.named_parameters())
+        masked = {}
+        for name, value in self.values.items():
+            for part in (name, _bias_of(name)) if self.unit == "filter" else (name,):
+                if part in parameters:
+                    shape = (-1,) + (1,) * (parameters[part].ndim - 1) if self.unit != "weight" else value.shape
+                    masked[part] = parameters[part].detach() * value.view(shape)
+        return masked
+
+
+class HeldOut(NamedTuple):
+    """Scores of a network's units, and clean images that they were not learned on."""
+
+    scores: Mask
+    clean: CleanSet
+
+
+Cut = Callable[[Mask], Mask]
+"""From scores to zeros where a unit is pruned and ones where it is kept, such as :meth:`Mask.threshold`."""
+
+
+def sweep(model: nn.Module, parts: Sequence[HeldOut], cuts: Sequence[Cut]) -> Tensor:
+    """Prune in several ways and see which held-out images stay right.
+
+    Args:
+        model: The network to prune; it is not changed.
+        parts: Scores with the images to judge them on; every part is pruned by its own scores.
+        cuts: Ways to prune.
+
+    Returns:
+        Whether each image is right after each cut: bool `(len(cuts), images of all parts)`.
+    """
+    rows: list[list[Tensor]] = [[] for _ in cuts]
+    with stage("sweep", total=len(parts) * len(cuts)) as advance:
+        for scores, clean in parts:
+            last: tuple[Mask, Tensor] | None = None
+            for row, cut in zip(rows, cuts, strict=True):
+                kept = cut(scores)
+                if last is None or not kept.equal(last[0]):
+                    last = kept, correct(kept.bake(model), clean)
+                row.append(last[1])
+                advance()
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def budget(right: Tensor, before: Tensor, drop: float) -> int | None:
+    """Choose how far to prune: the last cut before clean accuracy first falls by more than `drop`.
+
+    The loss is paired: the original and the pruned network are compared on the same images, which has far less noise
+    than the difference of two accuracies.
+
+    Args:
+        right: What :func:`sweep` gives, the mildest cut first: bool `(cuts, n)`.
+        before: Which of these images the original gets right: bool `(n,)`.
+        drop: Accepted loss, as a fraction.
+
+    Returns:
+        Index of the cut, or `None` when even the first costs more.
+
+    Example:
+        >>> before = torch.tensor([True, True, True, True])
+        >>> right = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+        >>> budget(right, before, drop=0.25)
+        1
+    """
+    lost = before.float().mean() - right.float().mean(1)
+    over = (lost > drop + 1e-9).nonzero().flatten()
+    allowed = int(over[0]) if len(over) else len(lost)
+    return allowed - 1 if allowed else None
+
+
+def curve_point(threshold: float, pruned: int, before: Tensor, right: Tensor) -> CurvePoint:
+    """Put one cut on the pruning curve.
+
+    Args:
+        threshold: The score that is pruned up to.
+        pruned: How many units that is.
+        before: Which images the original gets right: bool `(n,)`.
+        right: The same after the cut.
+    """
+    lost = before.float() - right.float()
+    drop = float(lost.mean())
+    half = 1.96 * float(lost.std(correction=0)) / len(lost) ** 0.5
+    return CurvePoint(
+        threshold=threshold,
+        pruned=pruned,
+        accuracy=float(right.float().mean()),
+        drop=drop,
+        drop_low=drop - half,
+        drop_high=drop + half,
+    )
+
+
+def _bias_of(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
+def _channel_names(model: nn.Module) -> list[str]:
+    for kinds in (BATCH_NORMS, OTHER_NORMS):
+        names = _names(model, kinds)
+        if names:
+            return names
+    return _weight_names(model)
+
+
+def _weight_names(model: nn.Module) -> list[str]:
+    return _names(model, PRODUCTS)[:-1]
+
+
+def _names(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    known = dict(model.named_parameters())
+    names = [
+        f"{prefix}.weight".removeprefix(".") for prefix, module in model.named_modules() if isinstance(module, kinds)
+    ]
+    return [name for name in names if name in known]

@@ -1,0 +1,157 @@
+"""The model contract: any `nn.Module` from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
+
+Normalization lives inside the model (:class:`Normalize`). :func:`check` says everything that is wrong at once.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.errors import DataError, ModelError, UntrojanError
+
+
+class Normalize(nn.Module):
+    """Subtracts a mean and divides by a standard deviation per channel; has nothing to save or learn.
+
+    Args:
+        mean: One value per channel, for images in [0, 1].
+        std: One value per channel, each above 0.
+
+    Raises:
+        ModelError: The two differ in length, or a deviation is not above 0.
+
+    Example:
+        >>> net = nn.Sequential(Normalize((0.5,), (0.25,)), nn.Flatten())
+        >>> net(torch.full((1, 1, 1, 1), 0.75)).item()
+        1.0
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ModelError(f"expected as many deviations above 0 as means, got mean {mean} and std {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `(N, C, H, W)` in [0, 1] to normalized ones of the same shape."""
+        return (images - self.mean) / self.std
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Hold every part of `model` in training or evaluation mode, then put each part's own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def logits(model: nn.Module, clean: CleanSet, batch_size: int = 256) -> Tensor:
+    """Run the model over a set in evaluation mode, without gradients and without changing it.
+
+    Args:
+        model: The network.
+        clean: The images, taken in their order.
+        batch_size: Images per forward pass; has no influence on the result beyond rounding.
+
+    Returns:
+        Logits, float `(N, K)`.
+
+    Raises:
+        ModelError: A logit is NaN or infinite.
+    """
+    with mode(model, training=False), torch.no_grad():
+        out = torch.cat([model(images) for images, _ in clean.batches(batch_size)])
+    if not torch.isfinite(out).all():
+        raise ModelError("expected finite logits, got NaN or infinity")
+    return out
+
+
+def correct(model: nn.Module, clean: CleanSet) -> Tensor:
+    """Tell for each image whether the model gives its true label: bool `(N,)`."""
+    return logits(model, clean).argmax(1) == clean.labels
+
+
+class Problem(NamedTuple):
+    """Something that keeps a model and a clean set from being used together."""
+
+    error: type[UntrojanError]
+    text: str
+
+
+def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
+    """List everything that is wrong with a model and the clean images for it.
+
+    Args:
+        model: Any network; it is not changed.
+        clean: The clean images meant for it.
+
+    Returns:
+        Every problem found, in words for the user; an empty list when the two can be used.
+
+    Example:
+        >>> clean = CleanSet(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
+        >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), clean)
+        []
+        >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)[0].text
+        'no image of class 2: expected at least one clean image of each of the 3 classes of the model'
+    """
+    bad = [name for name, value in model.state_dict().items() if not _finite(value)]
+    problems = [Problem(ModelError, f"weights hold NaN or infinity: {', '.join(bad)}")] if bad else []
+    if len(clean) < 2:
+        problems.append(Problem(DataError, "expected at least 2 clean images, to fit and to hold out, got 1"))
+    try:
+        with mode(model, training=False), torch.no_grad():
+            out = model(clean.take(range(min(2, len(clean)))).floats())
+    except Exception as error:
+        size = "x".join(map(str, clean.shape))
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return [*problems, Problem(ModelError, f"the model cannot take images of {size}: {cause}")]
+    return problems + _check_output(out, clean, weights_finite=not bad)
+
+
+def require(model: nn.Module, clean: CleanSet) -> None:
+    """Raise what :func:`check` finds, all problems in one error."""
+    problems = check(model, clean)
+    if problems:
+        raise problems[0].error("; ".join(problem.text for problem in problems))
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _check_output(out: object, clean: CleanSet, weights_finite: bool) -> list[Problem]:
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        return [Problem(ModelError, f"expected logits of shape (images, classes) from the model, got {shape}")]
+    problems = []
+    if weights_finite and not torch.isfinite(out).all():
+        problems.append(Problem(ModelError, "the model gives NaN or infinite logits on clean images"))
+    classes = out.shape[1]
+    highest = int(clean.labels.max())
+    if highest >= classes:
+        problems.append(
+            Problem(
+                DataError,
+                f"labels go up to {highest}, but the model has {classes} classes, 0 to {classes - 1}",
+            )
+        )
+        return problems
+    missing = (torch.bincount(clean.labels, minlength=classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        some = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        wanted = f"expected at least one clean image of each of the {classes} classes of the model"
+        problems.append(Problem(DataError, f"no image of class {some}: {wanted}"))
+    return problems

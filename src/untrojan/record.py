@@ -1,0 +1,267 @@
+"""The record: one versioned JSON that says what was asked, what was chosen by which rule, and what came out.
+
+Reports, tables and leaderboards are pure functions of records. Fractions are in [0, 1], sizes in bytes, times
+in seconds. A file is written whole or not at all (:func:`write_atomic`).
+"""
+
+import hashlib
+import math
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from untrojan.errors import RecordError
+
+SCHEMA_VERSION = 1
+Verdict = Literal["found", "not_found", "inconclusive"]
+Status = Literal["repaired", "nothing_to_repair", "failed"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rate(_Part):
+    """A share of `count` out of `total` with its 95 % Wilson interval; all `None` where `total` is 0.
+
+    Example:
+        >>> Rate.of(9, 10).value
+        0.9
+        >>> Rate.of(0, 0).value is None
+        True
+    """
+
+    count: int
+    total: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, count: int, total: int) -> Self:
+        """Build from whole numbers, 0 ≤ count ≤ total."""
+        if total == 0:
+            return cls(count=0, total=0, value=None, low=None, high=None)
+        z = 1.959963984540054
+        share = count / total
+        center = (share + z * z / (2 * total)) / (1 + z * z / total)
+        half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+        return cls(count=count, total=total, value=share, low=max(0.0, center - half), high=min(1.0, center + half))
+
+
+class MethodInfo(_Part):
+    """The method that ran: its name and every field, defaults included."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+class ModelInfo(_Part):
+    """The network that came in, or went out.
+
+    `sha256` is that of the file, `state_sha256` that of the tensors alone (names, types, shapes, values), so that
+    the same weights are recognised in another container.
+    """
+
+    path: str | None = None
+    sha256: str | None = None
+    state_sha256: str
+    net: str | None = None
+    architecture: str
+    parameters: int
+    classes: int
+
+
+class CleanInfo(_Part):
+    """The clean images: where they came from and how many of each class, in label order."""
+
+    path: str | None = None
+    sha256: str
+    images: int
+    shape: tuple[int, int, int]
+    per_class: list[int]
+    class_names: list[str] | None = None
+
+
+class Target(_Part):
+    """A suspected target label; `score` is its mean share of predictions where the evidence was taken."""
+
+    label: int
+    score: float
+
+
+class UnlearningPoint(_Part):
+    """The network after one epoch of unlearning: its accuracy, and the share of predictions of each class."""
+
+    epoch: int
+    accuracy: float
+    shares: list[float]
+
+
+class UnlearningRun(_Part):
+    """One unlearning run on its own seed and images; `view` is how they were shown.
+
+    `reached` tells whether it came down to the floor, `label` which class had most predictions at its end.
+    """
+
+    seed: int
+    view: str = "plain"
+    images: int
+    reached: bool
+    label: int
+    share: float
+    trace: list[UnlearningPoint]
+
+
+class Diagnosis(_Part):
+    """What the scan found: the verdict, the rule behind it, targets best first, and the evidence."""
+
+    verdict: Verdict
+    rule: str
+    targets: list[Target]
+    runs: list[UnlearningRun]
+
+
+class CurvePoint(_Part):
+    """One point of the pruning curve: what pruning at `threshold` costs.
+
+    `accuracy` is hold-out accuracy, cross-fitted where the rule is the budget; `drop` is the paired loss against
+    the original on the same images, with its 95 % interval.
+    """
+
+    threshold: float
+    pruned: int
+    accuracy: float
+    drop: float
+    drop_low: float
+    drop_high: float
+
+
+class Selection(_Part):
+    """How much was pruned, by which rule, and what else could have been chosen.
+
+    `chosen` is the index into `curve`, or `None` when no point was acceptable.
+    """
+
+    rule: str
+    chosen: int | None
+    curve: list[CurvePoint]
+
+
+class Check(_Part):
+    """One thing that a repaired model must satisfy before it is called repaired."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Layer(_Part):
+    """The masks of one layer: its name, every mask value in unit order, and which units were changed."""
+
+    name: str
+    values: list[float]
+    changed: list[int]
+
+
+class Accuracy(_Part):
+    """Accuracy on clean images; `held_out` tells whether nothing was fitted on them."""
+
+    accuracy: Rate
+    held_out: bool = True
+
+
+class Record(_Part):
+    """Everything about one run of one method on one model.
+
+    `status` is `repaired` when a model that passes every check came out, `nothing_to_repair` when no backdoor was
+    found and the model is unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["repair"] = "repair"
+    status: Status
+    reason: str
+    method: MethodInfo
+    seed: int
+    model: ModelInfo
+    clean: CleanInfo
+    diagnosis: Diagnosis | None
+    selection: Selection | None
+    before: Accuracy
+    after: Accuracy
+    checks: list[Check]
+    units_changed: int
+    units_total: int
+    layers: list[Layer]
+    repaired: ModelInfo
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    environment: dict[str, str]
+    command: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The record as indented JSON with a newline at the end."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a record back.
+
+        Raises:
+            RecordError: The file is missing, is not a record, or was written by a newer untrojan.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise RecordError(f"cannot read record {path}: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
+
+
+def sha256(data: bytes) -> str:
+    """Hash as lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either what it held before or all of it, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that a result may depend on."""
+    import torch
+
+    from untrojan import __version__
+
+    return {
+        "untrojan": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,206 @@
+"""The class is the config: find, build and describe scanners, defenses and attacks.
+
+A method is a frozen, keyword-only pydantic dataclass with a `name`, in a file of its own. Putting the file
+into the folder of its kind is all it takes to add one: the command line, the documentation and the records
+read the class through this module.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from untrojan.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class FieldInfo(NamedTuple):
+    """One field of a method.
+
+    `default` is `dataclasses.MISSING` where a value must be given; `help` is the field's text in the
+    docstring's `Attributes:` or `Args:` section, on one line.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+def discover(package: str, base: type[T]) -> dict[str, type[T]]:
+    """Find every method of one kind.
+
+    Args:
+        package: Dotted name of the package whose modules define the methods.
+        base: What all of them derive from.
+
+    Returns:
+        The concrete subclasses of `base` defined in the package's own modules, by their `name`, sorted.
+
+    Raises:
+        ConfigError: Two classes share a name, or one has none.
+
+    Example:
+        >>> from untrojan.lab.attack import Attack
+        >>> "badnets" in discover("untrojan.lab.attacks", Attack)
+        True
+    """
+    found: dict[str, type[T]] = {}
+    for module in _modules(package):
+        for cls in _defined(module, base):
+            name = getattr(cls, "name", None)
+            if not isinstance(name, str):
+                raise ConfigError(f"expected a class variable `name` on {_path(cls)}, got {name!r}")
+            if name in found:
+                raise ConfigError(f"expected one method named {name!r}, got {_path(found[name])} and {_path(cls)}")
+            found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def parse(spec: str, package: str, base: type[T]) -> T:
+    """Build a method from text such as `badnets:size=4,row=27`.
+
+    A comma ends a value only where `key=` follows, so that paths may hold commas.
+
+    Args:
+        spec: The method's name, alone or with `:key=value,key=value` behind it.
+        package: Where to look for the method, as in :func:`discover`.
+        base: What the method derives from.
+
+    Returns:
+        The method; fields left out have their defaults.
+
+    Raises:
+        ConfigError: There is no such method, or a field is unknown, given twice, missing or has a bad value.
+
+    Example:
+        >>> from untrojan.lab.attack import Attack
+        >>> parse("badnets:size=4,row=27", "untrojan.lab.attacks", Attack)
+        BadNets(pattern='square', size=4, row=27, col=None, value=1.0)
+    """
+    name, _, rest = spec.partition(":")
+    classes = discover(package, base)
+    if name not in classes:
+        raise ConfigError(f"no {base.__name__.lower()} is named {name!r}; expected one of {', '.join(classes)}")
+    values: dict[str, str] = {}
+    for pair in re.split(r",(?=\w+=)", rest) if rest else []:
+        key, equals, value = pair.partition("=")
+        if not equals or key in values:
+            problem = "given twice" if equals else "no key=value"
+            raise ConfigError(f"{spec}: {pair!r} is {problem}; write {name}:key=value,key=value, each key once")
+        values[key] = value
+    return make(classes[name], values)
+
+
+def make(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a method from field values; text is converted to the type of the field.
+
+    Args:
+        cls: The method's class.
+        values: Field values by name.
+
+    Returns:
+        The method; fields left out have their defaults.
+
+    Raises:
+        ConfigError: A field is unknown, missing or has a bad value; the text tells about all of them.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> make(BadNets, {"size": "4"}).size
+        4
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        problems = "; ".join(_problem(each["type"], each["loc"], each["msg"], each["input"]) for each in error.errors())
+        known = ", ".join(map(_signature, fields(cls))) or "none"
+        raise ConfigError(f"{getattr(cls, 'name', cls.__name__)}: {problems}; its fields are {known}") from error
+
+
+def fields(cls: type) -> list[FieldInfo]:
+    """List the fields of a method in their order, inherited ones included.
+
+    Args:
+        cls: The method's class, a pydantic dataclass.
+
+    Returns:
+        Name, type, default and help of every field.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> fields(BadNets)[1][:3]
+        ('size', <class 'int'>, 3)
+    """
+    texts = {name: text for part in reversed(cls.__mro__) for name, text in _documented(part.__doc__ or "")}
+    return [
+        FieldInfo(
+            name=name,
+            annotation=field.annotation,
+            default=dataclasses.MISSING if field.is_required() else field.get_default(call_default_factory=True),
+            help=texts.get(name, ""),
+        )
+        for name, field in getattr(cls, "__pydantic_fields__").items()  # noqa: B009
+    ]
+
+
+def describe(instance: object) -> dict[str, Any]:
+    """Give every field of a method, defaults included, as values that JSON can hold.
+
+    Args:
+        instance: The method.
+
+    Returns:
+        Field values by name; paths are text.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> describe(BadNets(size=4))
+        {'pattern': 'square', 'size': 4, 'row': None, 'col': None, 'value': 1.0}
+    """
+    return TypeAdapter(type(instance)).dump_python(instance, mode="json")
+
+
+def _modules(package: str) -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, prefix=f"{package}."):
+        yield importlib.import_module(module.name)
+
+
+def _defined(module: ModuleType, base: type[T]) -> Iterator[type[T]]:
+    for cls in vars(module).values():
+        own = inspect.isclass(cls) and cls.__module__ == module.__name__
+        if own and issubclass(cls, base) and not inspect.isabstract(cls):
+            yield cls
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _problem(kind: str, where: tuple[int | str, ...], message: str, came: object) -> str:
+    field = where[0] if where else "values"
+    if kind == "unexpected_keyword_argument":
+        return f"`{field}` is not a field"
+    if kind == "missing":
+        return f"`{field}` must be given"
+    return f"`{field}`: {message[0].lower()}{message[1:]}, got {came!r}"
+
+
+def _signature(field: FieldInfo) -> str:
+    return field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+
+
+def _documented(docstring: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and text of each entry of the Google-style sections that describe fields."""
+    for section in re.finditer(
+        r"^(?:Attributes|Args):\n((?:\n|[ ]+.*\n?)+)", inspect.cleandoc(docstring), re.MULTILINE
+    ):
+        for entry in re.finditer(r"^[ ]{4}(\w+)(?: \(.*?\))?: (.*(?:\n[ ]{5,}.*)*)", section[1], re.MULTILINE):
+            yield entry[1], " ".join(entry[2].split())

@@ -1,0 +1,201 @@
+"""The report: one self-contained HTML page per record, for a person to read and for a machine to take apart.
+
+The page works offline and fetches nothing: a content security policy with the hashes of its own scripts lets
+the browser run these and no others. Everything in a record is untrusted text and is escaped.
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+from untrojan.record import CurvePoint, Diagnosis, Rate, Record
+
+_HERE = Path(__file__).parent
+
+
+def render(record: Record) -> str:
+    """Write the report on one run: what was found, what was changed, what it cost, and how to run it again.
+
+    Args:
+        record: What the run left behind. Nothing else is read, and the same record gives the same page.
+
+    Returns:
+        One HTML page of about 1.5 MB that needs no network.
+
+    Example:
+        >>> from pathlib import Path
+        >>> record = Record.load("repaired.record.json")  # doctest: +SKIP
+        >>> Path("report.html").write_text(render(record), encoding="utf-8")  # doctest: +SKIP
+    """
+    from bokeh.resources import Resources
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from untrojan.report.plots import COLORS, figures, visible
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "interval": _interval,
+        "size": _size,
+        "label": lambda label: _label(record, label),
+    }
+    suspect = _suspect(record.diagnosis)
+    plots = figures(record, suspect)
+    scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
+    scripts.append(_read("page.js"))
+    return environment.get_template("page.html.jinja").render(
+        record=record,
+        style=Markup(_read("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[_csp_hash(script) for script in scripts],
+        plots=plots.keys(),
+        plots_json=Markup(_inside_script(json.dumps({"colors": COLORS, "figures": plots}))),
+        record_json=Markup(_inside_script(record.to_json())),
+        verdict=_verdict(record),
+        badge=_badge(record),
+        suspect=suspect,
+        agreement=_agreement(record.diagnosis, suspect),
+        chosen=_chosen(record),
+        settings=_settings(record),
+    )
+
+
+def _label(record: Record, label: int) -> str:
+    """A label as a person reads it: its number, and its class name where the record knows one."""
+    names = record.clean.class_names or []
+    return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
+
+
+def _verdict(record: Record) -> str:
+    repaired = record.status == "repaired"
+    found = _finding(record) + (". The model " if repaired else "; the ")
+    if repaired:
+        return found + "was repaired."
+    if record.status == "nothing_to_repair":
+        return found + "model is unchanged."
+    if all(check.passed for check in record.checks):
+        return found + "model could not be repaired."
+    return found + "repair did not pass its checks."
+
+
+def _finding(record: Record) -> str:
+    diagnosis = record.diagnosis
+    if diagnosis is None:
+        return "Not scanned for a target label"
+    if diagnosis.verdict == "not_found":
+        return "No backdoor found"
+    suspect = _suspect(diagnosis)
+    if diagnosis.verdict == "found":
+        return "Backdoor found" if suspect is None else f"Backdoor found: target label {_label(record, suspect)}"
+    if suspect is None:
+        return "The scan for a backdoor was inconclusive"
+    return f"Backdoor suspected in label {_label(record, suspect)}"
+
+
+def _suspect(diagnosis: Diagnosis | None) -> int | None:
+    """The label that the scan puts first, unless it cleared the model."""
+    if diagnosis is None or diagnosis.verdict == "not_found" or not diagnosis.targets:
+        return None
+    return diagnosis.targets[0].label
+
+
+def _badge(record: Record) -> tuple[str, str, str]:
+    """Tone, mark and words of the status: three ways to see it, so that none relies on color alone."""
+    if record.status == "failed":
+        return "bad", "✕", "Not repaired"
+    if record.status == "repaired":
+        return "good", "✓", "Repaired"
+    if record.diagnosis is not None and record.diagnosis.verdict == "not_found":
+        return "good", "✓", "Nothing to repair"
+    return "warn", "?", "Not repaired"
+
+
+def _agreement(diagnosis: Diagnosis | None, suspect: int | None) -> int:
+    """How many unlearning runs ended on the suspect, or without one on the label most of them ended on."""
+    ends = [run.label for run in diagnosis.runs] if diagnosis else []
+    return max(map(ends.count, ends), default=0) if suspect is None else ends.count(suspect)
+
+
+def _chosen(record: Record) -> CurvePoint | None:
+    selection = record.selection
+    return None if selection is None or selection.chosen is None else selection.curve[selection.chosen]
+
+
+def _settings(record: Record) -> dict[str, dict[str, object]]:
+    """The settings tables by title; a value of `None` is a dash on the page."""
+    model, clean = record.model, record.clean
+    return {
+        "Method": {"method": record.method.name, **record.method.fields, "seed": record.seed},
+        "Model": {
+            "file": model.path,
+            "SHA-256 of the file": model.sha256,
+            "SHA-256 of the tensors": model.state_sha256,
+            "network": model.net,
+            "architecture": model.architecture,
+            "parameters": f"{model.parameters:,}",
+            "classes": model.classes,
+            "file written": record.repaired.path,
+            "SHA-256 of the file written": record.repaired.sha256,
+            "SHA-256 of the tensors written": record.repaired.state_sha256,
+        },
+        "Clean images": {
+            "source": clean.path,
+            "SHA-256": clean.sha256,
+            "images": f"{clean.images:,}",
+            "shape (channels, height, width)": " x ".join(map(str, clean.shape)),
+            "images per class": _spread(clean.per_class),
+        },
+        "Environment": {**record.environment},
+        "Time and memory": {
+            **{stage: f"{seconds:,.1f} s" for stage, seconds in record.seconds.items()},
+            "peak memory": _size(record.peak_memory_bytes),
+        },
+    }
+
+
+def _spread(counts: list[int]) -> str:
+    if not counts:
+        return "none"
+    low, high = min(counts), max(counts)
+    spread = str(low) if low == high else f"{low} to {high}"
+    missing = counts.count(0)
+    return f"{spread}; {missing} of {len(counts)} classes have none" if missing else spread
+
+
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.1f}%"
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(rate: Rate) -> str:
+    return f"{_percent(rate.low)} to {_percent(rate.high)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _inside_script(text: str) -> str:
+    """JSON that cannot end the script element it stands in, whatever its strings hold."""
+    return text.replace("<", "\\u003c")
+
+
+def _csp_hash(script: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() + "'"

@@ -1,0 +1,1 @@
+"""Scanners: is there a backdoor, and which label does it serve."""

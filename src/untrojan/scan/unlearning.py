@@ -1,0 +1,186 @@
+"""Which class survives unlearning: the label read-out of RNP's unlearned model."""
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet, crop_flip
+from untrojan.fit import fit
+from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
+from untrojan.scan.scanner import Scanner
+
+View = Literal["plain", "noise", "crop-flip"]
+
+NOISE = 0.1
+SMALLEST_BATCH = 8
+FOUND_SHARE = 0.5
+RULE = (
+    f"found: every run came down to the accuracy floor, and one class holds {FOUND_SHARE:.0%} of the predictions "
+    "or more there, averaged over the runs; not_found: no run on the images as they are came down, and another class "
+    "leads than with noise; inconclusive: anything else"
+)
+
+
+def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    return (images + NOISE * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
+
+
+AUGMENTATIONS = {"plain": None, "noise": _noise, "crop-flip": crop_flip}
+
+
+class Unlearned(NamedTuple):
+    """An unlearned model, in the mode of the original, and how the run went."""
+
+    model: nn.Module
+    run: UnlearningRun
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Unlearning:
+    """How a model is unlearned; shared by the scanner and by RNP.
+
+    Attributes:
+        unlearn_lr: Learning rate of SGD with momentum 0.9 that ascends the cross-entropy, above 0.
+        unlearn_weight_decay: Weight decay of the same, at least 0.
+        unlearn_epochs: Passes over the images at most; the learning rate falls to a tenth after 10 and after 20.
+        floor: Unlearning ends when the accuracy, measured on the batches in training mode before each update, is at
+            or below this fraction.
+        batch_size: Images per step, at most; fewer where there are less than four batches of them.
+    """
+
+    unlearn_lr: float = Field(default=0.01, gt=0)
+    unlearn_weight_decay: float = Field(default=5e-4, ge=0)
+    unlearn_epochs: int = Field(default=21, ge=1)
+    floor: float = Field(default=0.2, gt=0, lt=1)
+    batch_size: int = Field(default=128, ge=2)
+
+    def batches(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the images once, shuffled, in at least four steps where there are enough for that.
+
+        No batch holds a single image, which BatchNorm could not take.
+        """
+        enough = len(clean) > 3 * self.batch_size
+        size = self.batch_size if enough else min(self.batch_size, max(SMALLEST_BATCH, math.ceil(len(clean) / 4)))
+        return clean.batches(size + (len(clean) % size == 1), generator, AUGMENTATIONS[view])
+
+    def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
+        """Maximize the loss on clean images until the accuracy is gone.
+
+        Not reaching the floor is a normal outcome and so is divergence: the last finite state is what is returned.
+
+        Args:
+            model: The network; it is not changed.
+            clean: The images to unlearn.
+            seed: Decides order, augmentation and dropout.
+            view: How the images are shown: as they are, with Gaussian noise, or cropped and flipped.
+            detail: Which of several runs this is, for progress.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        unlearned = copy.deepcopy(model).train()
+
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            out = unlearned(images)
+            return -functional.cross_entropy(out, labels), out
+
+        done = fit(
+            list(unlearned.parameters()),
+            step,
+            lambda: self.batches(clean, generator, view),
+            partial(torch.optim.SGD, lr=self.unlearn_lr, momentum=0.9, weight_decay=self.unlearn_weight_decay),
+            self.unlearn_epochs,
+            name="unlearn",
+            detail=detail,
+            milestones=(10, 20),
+            stop=lambda epoch: epoch.accuracy <= self.floor,
+        )
+        trace = [
+            UnlearningPoint(epoch=number, accuracy=epoch.accuracy, shares=epoch.shares.tolist())
+            for number, epoch in enumerate(done.epochs, start=1)
+        ]
+        last = done.epochs[-1].shares if done.epochs else torch.zeros(1)
+        run = UnlearningRun(
+            seed=seed,
+            view=view,
+            images=len(clean),
+            reached=done.stopped,
+            label=int(last.argmax()),
+            share=float(last.max()),
+            trace=trace,
+        )
+        for module, original in zip(unlearned.modules(), model.modules(), strict=True):
+            module.training = original.training
+        return Unlearned(unlearned, run)
+
+
+def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
+    """Read the target label off unlearning runs: the class that holds most predictions at their ends.
+
+    Shares are averaged over the runs of each view first, then over the views.
+
+    Args:
+        runs: The runs on one model.
+
+    Returns:
+        Every class with its mean share, best first, and the verdict by :data:`RULE`. Runs that left the numbers
+        within their first epoch say nothing.
+    """
+    ends: dict[str, list[Tensor]] = {}
+    for run in runs:
+        if run.trace:
+            ends.setdefault(run.view, []).append(torch.tensor(run.trace[-1].shares))
+    if not ends:
+        return Diagnosis(verdict="inconclusive", rule=RULE, targets=[], runs=runs)
+    views = torch.stack([torch.stack(view).mean(0) for view in ends.values()])
+    shares = views.mean(0)
+    resisted = not any(run.reached for run in runs if run.view == "plain")
+    verdict: Verdict = "inconclusive"
+    if all(run.reached for run in runs) and shares.max() >= FOUND_SHARE:
+        verdict = "found"
+    elif resisted and len(views.argmax(1).unique()) > 1:
+        verdict = "not_found"
+    return Diagnosis(
+        verdict=verdict,
+        rule=RULE,
+        targets=[
+            Target(label=label, score=float(shares[label]))
+            for label in shares.argsort(descending=True, stable=True).tolist()
+        ],
+        runs=runs,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class UnlearningScanner(Unlearning, Scanner):
+    """Unlearn the model several times and see which class survives.
+
+    Clean images are unlearned by maximizing their loss. What a model knows of clean images goes; a backdoor, which no
+    clean image exercises, stays, and its target label is what the model still says. A class can also survive because
+    natural features of it do, so half of the runs show the images with Gaussian noise, which takes these away.
+
+    Attributes:
+        runs: How many unlearning runs, each on its own seed; every second one with noise.
+
+    References:
+        Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
+    """
+
+    name: ClassVar[str] = "unlearning"
+    runs: int = Field(default=4, ge=1)
+
+    def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
+        views: tuple[View, View] = ("plain", "noise")
+        return diagnose(
+            [
+                self.unlearn(model, clean, seed + run, views[run % 2], f"{run + 1}/{self.runs}").run
+                for run in range(self.runs)
+            ]
+        )

@@ -1,0 +1,559 @@
+"""Weights in and out: a checkpoint is data, and nothing in it is ever executed.
+
+A file is read whole, once. What it is follows from its content, never from its name. Before a pickle reaches
+torch's tensors-only reader, its instructions are listed without running them, and a single name that is not
+needed for tensors is enough to refuse the file. The list of such names is untrojan's own: nothing that calls
+`torch.serialization.add_safe_globals` elsewhere in the process widens it.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from untrojan.errors import ModelError, RecordError, UnsafeFileError, UntrojanError
+from untrojan.record import sha256, write_atomic
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")
+
+_HARMLESS = frozenset(
+    {
+        "collections.OrderedDict",
+        "collections.Counter",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.nn.parameter.Parameter",
+        "torch.serialization._get_layout",
+        "torch.Tensor",
+        "torch.Size",
+        "torch.device",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        "_codecs.encode",
+        "builtins.set",
+        "builtins.bytearray",
+        "__builtin__.set",
+        "__builtin__.bytearray",
+    }
+    | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.qscheme)}
+)
+_STORAGE = re.compile(r"torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage")
+_NOT_DENSE = {
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_qtensor": "quantized",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
+}
+_PICKLES_IN_A_LEGACY_FILE = 5
+_LISTED = 20
+_CHANGES_FORMAT = "untrojan-changes"
+_CHANGES_VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of one file.
+
+    Attributes:
+        path: Where the file was read.
+        sha256: Hash of the file's bytes, lower-case hex.
+        tensors: The state dict: names as in the network, values dense and on the CPU. Wrappers around it
+            (`state_dict`, `net`, `model`, `model_state_dict`) and a `module.` or `_orig_mod.` in front of all
+            names are gone.
+        container: What the file is and where in it the tensors were, for people.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "net.pt"
+        ...     torch.save({"net": net.state_dict(), "epoch": 3}, file)
+        ...     checkpoint = Checkpoint.read(file)
+        >>> checkpoint.container, sorted(checkpoint.tensors)
+        ("torch zip, under 'net'", ['bias', 'weight'])
+        >>> checkpoint.into(nn.Linear(2, 1)).weight.equal(net.weight)
+        True
+    """
+
+    path: str
+    sha256: str
+    tensors: dict[str, Tensor]
+    container: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a safetensors file or a torch file (zip or legacy) that holds a state dict.
+
+        Numbers, strings, lists and dicts beside the state dict are ignored.
+
+        Raises:
+            UnsafeFileError: The file needs more than tensors; the text names what it asked for.
+            ModelError: The file is missing, unreadable, damaged, of another kind, holds no state dict or more
+                than one, or holds tensors that are not dense and real.
+        """
+        data = _bytes(path)
+        with _reading(path):
+            kind, loaded = _parse(path, data)
+            wrapper, tensors = _state_dict(path, loaded)
+            _refuse_odd_tensors(path, tensors, len(data))
+        container = f"{kind}, under {wrapper!r}" if wrapper else kind
+        return cls(str(path), sha256(data), _without_prefix(tensors), container)
+
+    def into(self, net: nn.Module) -> nn.Module:
+        """Load the tensors into `net` in place.
+
+        A missing `num_batches_tracked` is tolerated; floating types are converted to the network's.
+
+        Returns:
+            `net` itself, in evaluation mode.
+
+        Raises:
+            ModelError: Names, shapes or types differ, or a value is NaN or infinite; all is listed at once.
+        """
+        expected = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+        if problems := _misfits(expected, self.tensors):
+            raise ModelError(
+                "\n".join([f"{self.path} does not fit the network:", *problems, *_hints(expected, self.tensors)])
+            )
+        net.load_state_dict(self.tensors, strict=False)
+        return net.eval()
+
+
+def state_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, types, shapes and bits of a state dict, whatever file and order they came in.
+
+    Args:
+        tensors: Dense tensors of any shape and device.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> state_sha256({"a": a, "b": b}) == state_sha256({"b": b, "a": a})
+        True
+        >>> state_sha256({"a": a}) == state_sha256({"a": -a})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        digest.update(_octets(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, whole or not at all; the same input gives the same bytes.
+
+    Args:
+        path: The file to write, by convention `*.safetensors`.
+        tensors: Dense tensors; shared and non-contiguous ones are written as separate copies.
+        metadata: Texts to put into the file's header.
+
+    Raises:
+        OSError: The file cannot be written there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_state(Path(folder) / "net.safetensors", nn.Linear(2, 1).state_dict())
+        ...     Checkpoint.read(Path(folder) / "net.safetensors").container
+        'safetensors'
+    """
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    header, body = _split(safetensors.torch.save(copies))
+    # The library writes metadata in random order.
+    ordered = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    text = json.dumps(ordered | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(Path(path), struct.pack("<Q", len(text)) + text + body)
+
+
+def save_changes(path: str | Path, parent: Mapping[str, Tensor], child: Mapping[str, Tensor]) -> None:
+    """Write what gets `parent` back from `child`: the original values where the two differ in any bit.
+
+    A tensor `KEY` that differs is written as flat positions `index:KEY` (int32, or int64 where they need it)
+    and their original `values:KEY`, or as `full:KEY` where that is not larger.
+
+    Args:
+        path: The file to write, by convention `changes.safetensors`.
+        parent: The state dict before.
+        child: The state dict after, with the same names, shapes and types.
+
+    Raises:
+        RecordError: The two differ in names, shapes or types.
+        OSError: The file cannot be written there.
+
+    Example:
+        >>> import tempfile
+        >>> parent, child = {"w": torch.zeros(9)}, {"w": -torch.zeros(9)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_changes(Path(folder) / "changes.safetensors", parent, child)
+        ...     restored = restore(child, Path(folder) / "changes.safetensors")
+        >>> bool(restored["w"].signbit().any())
+        False
+    """
+    if different := [name for name in sorted({*parent, *child}) if not _alike(parent.get(name), child.get(name))]:
+        raise RecordError(
+            "expected the same names, shapes and types before and after, they differ in " + _enumerated(different, ", ")
+        )
+    entries: dict[str, Tensor] = {}
+    for name in parent:
+        entries |= _entries(name, parent[name], child[name])
+    metadata = {
+        "format": _CHANGES_FORMAT,
+        "version": _CHANGES_VERSION,
+        "parent": state_sha256(parent),
+        "child": state_sha256(child),
+    }
+    save_state(path, entries, metadata)
+
+
+def restore(child: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Undo a change: give back, bit for bit, the state dict that :func:`save_changes` knew as `parent`.
+
+    Args:
+        child: The state dict that the change file was written for; it is left as it is.
+        path: The change file.
+
+    Returns:
+        New tensors under the names of `child`.
+
+    Raises:
+        RecordError: The file is missing, damaged, no change file, of another version, or for another model.
+    """
+    entries, metadata = _read_changes(path)
+    came = state_sha256(child)
+    if came != metadata.get("child"):
+        raise RecordError(
+            f"{path} belongs to another model: expected state {_plain(metadata.get('child', 'none'))[:16]}…, "
+            f"got {came[:16]}…; give the repaired model that was written with this file"
+        )
+    try:
+        parent = {name: _original(name, tensor, entries) for name, tensor in child.items()}
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise RecordError(f"{path} is damaged: {_cause(error)}") from error
+    if state_sha256(parent) != metadata.get("parent"):
+        raise RecordError(f"{path} is damaged: what it restores is not the model that it was written for")
+    return parent
+
+
+# Files
+
+
+def _bytes(path: str | Path) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"cannot read {str(path)!r}: {error}") from error
+    if not data:
+        raise ModelError(f"cannot read {path}: the file is empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError(f"cannot read {path}: it is a Git LFS pointer, not the weights; run `git lfs pull`")
+    return data
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Turn whatever a parser trips over into one line."""
+    try:
+        yield
+    except UntrojanError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {path}: the file is damaged or made by something else: {_cause(error)}; "
+            "get it again, or have its state dict saved with safetensors"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"{type(error).__name__}: {_plain(text.splitlines()[0])}" if text else type(error).__name__
+
+
+def _plain(text: str) -> str:
+    """Text from a file as it may be shown on a terminal."""
+    text = text if len(text) <= 200 else text[:200] + "…"
+    return text if text.isprintable() else ascii(text)
+
+
+def _enumerated(texts: Iterable[str], separator: str) -> str:
+    plain = [_plain(text) for text in texts]
+    rest = [f"and {len(plain) - _LISTED} more"] if len(plain) > _LISTED else []
+    return separator.join(plain[:_LISTED] + rest)
+
+
+def _parse(path: str | Path, data: bytes) -> tuple[str, object]:
+    """The kind of the file and what it holds."""
+    if data.startswith(b"PK\x03\x04"):
+        _refuse_unsafe(path, [_zipped_pickle(path, data)])
+        return "torch zip", _load_tensors(data)
+    if data[4:9] == b"\0\0\0\0{":
+        return "safetensors", dict(sorted(safetensors.torch.load(data).items()))
+    file = io.BytesIO(data)
+    _refuse_unsafe(path, [file] * _PICKLES_IN_A_LEGACY_FILE)
+    if not data.startswith(b"\x80"):
+        raise ModelError(f"cannot read {path}: it is neither a safetensors file nor a torch file")
+    return "torch legacy pickle", _load_tensors(data)
+
+
+def _load_tensors(data: bytes) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _zipped_pickle(path: str | Path, data: bytes) -> io.BytesIO:
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise ModelError(f"cannot read {path}: the torch file is cut short; get it again")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("/data.pkl")]
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+            raise UnsafeFileError(
+                f"{path} is a TorchScript archive: a program with its weights, which would have to run to be "
+                "opened; where you trust it, save `torch.jit.load(file).state_dict()` with safetensors"
+            )
+        if any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names):
+            raise ModelError(
+                f"{path} is a torch.export archive: a program with its weights, not a state dict; "
+                "where you trust it, save `torch.export.load(file).state_dict` with safetensors"
+            )
+        if len(pickles) != 1:
+            raise ModelError(f"cannot read {path}: it is a zip archive that torch.save did not write")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ModelError(f"cannot read {path}: its entries are compressed, which torch.save never does")
+        return io.BytesIO(archive.read(pickles[0]))
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and body of a valid safetensors file."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+# Pickles, read without running them
+
+
+def _refuse_unsafe(path: str | Path, pickles: Iterable[io.BytesIO]) -> None:
+    named = dict.fromkeys(name for file in pickles for name in _globals(file))
+    known = _HARMLESS | _NOT_DENSE.keys()
+    if unsafe := [name for name in named if name not in known and not _STORAGE.fullmatch(name)]:
+        raise UnsafeFileError(
+            f"{path} needs more than tensors to be read, and nothing of it was run: "
+            f"it asks for {_enumerated(unsafe, ', ')}\n"
+            "Ask its author for the weights alone, or convert it on an isolated machine, with safetensors:\n"
+            f"    loaded = torch.load({Path(path).name!r}, map_location='cpu', weights_only=False)\n"
+            "    weights = loaded.state_dict()  # loaded['model'] or the like, where a dict was saved\n"
+            "    save_file({k: v.contiguous() for k, v in weights.items()}, 'weights.safetensors')"
+        )
+    if odd := [_NOT_DENSE[name] for name in named if name in _NOT_DENSE]:
+        raise ModelError(
+            f"{path} holds {' and '.join(odd)} tensors; expected dense ones: save `tensor.to_dense()` "
+            "or `tensor.dequantize()` instead"
+        )
+
+
+def _globals(file: io.BytesIO) -> list[str]:
+    """Every `module.name` that the next pickle in `file` would import, also where it breaks off later."""
+    found: list[str] = []
+    pushed = ["", ""]
+    memo: dict[int, str] = {}
+    with contextlib.suppress(Exception):  # a broken pickle is torch's to report
+        for opcode, argument, _ in pickletools.genops(file):
+            match opcode.name:
+                case "GLOBAL" | "INST":
+                    found.append(str(argument).replace(" ", ".", 1))
+                case "STACK_GLOBAL":
+                    found.append(".".join(pushed[-2:]))
+                case "MEMOIZE":
+                    memo[len(memo)] = pushed[-1]
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[int(str(argument))] = pushed[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    pushed.append(memo.get(int(str(argument)), ""))
+                case _ if isinstance(argument, str):
+                    pushed.append(argument)
+    return found
+
+
+# State dicts
+
+
+def _state_dict(path: str | Path, loaded: object) -> tuple[str, dict[str, Tensor]]:
+    """The one state dict in what was loaded, and the dotted keys that lead to it."""
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{path} holds a {type(loaded).__name__}; expected a state dict: names and their tensors")
+    found = dict(_state_dicts(loaded, ()))
+    if not found:
+        keys = _enumerated((str(key) for key in dict.keys(loaded)), ", ") or "nothing"
+        raise ModelError(f"{path} holds no tensors by name; at its top are: {keys}")
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} state dicts, under {' and '.join(found)}; expected one by itself")
+    return found.popitem()
+
+
+def _state_dicts(value: dict[Any, Any], where: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    # A pickle may shadow methods of the dicts and tensors it makes, so they are called through their classes.
+    wrapped = [(key, dict.get(value, key)) for key in WRAPPERS if len(where) < 2]
+    inner = [state for key, held in wrapped if isinstance(held, dict) for state in _state_dicts(held, (*where, key))]
+    own = {
+        name: Tensor.detach(held)
+        for name, held in dict.items(value)
+        if isinstance(name, str) and isinstance(held, Tensor)
+    }
+    if inner:
+        yield from inner
+    elif own:
+        yield ".".join(where), own
+
+
+def _refuse_odd_tensors(path: str | Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    odd = [
+        f"{name} ({tensor.dtype}, {tensor.layout})"
+        for name, tensor in tensors.items()
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta
+    ]
+    if odd:
+        raise ModelError(f"{path} holds tensors that are not dense and real: {_enumerated(odd, ', ')}")
+    if hollow := [name for name, tensor in tensors.items() if tensor.nbytes > size]:
+        raise ModelError(f"{path} claims tensors that are larger than the file: {_enumerated(hollow, ', ')}")
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            return _without_prefix({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def _misfits(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list[str]:
+    both = {name: (expected[name], came[name]) for name in expected if name in came}
+    same_type = {
+        name: pair for name, pair in both.items() if pair[0].is_floating_point() == pair[1].is_floating_point()
+    }
+    groups = {
+        "missing in the file": [
+            name for name in expected if name not in came and not name.endswith("num_batches_tracked")
+        ],
+        "unknown to the network": [name for name in came if name not in expected],
+        "of another shape": [
+            f"{name}: the network has {_shape(want)}, the file {_shape(got)}"
+            for name, (want, got) in both.items()
+            if want.shape != got.shape
+        ],
+        "of another type": [
+            f"{name}: the network has {want.dtype}, the file {got.dtype}"
+            for name, (want, got) in both.items()
+            if name not in same_type
+        ],
+        "with NaN or infinite values": [
+            name
+            for name, (want, got) in same_type.items()
+            if want.is_floating_point() and not got.to(want.dtype).isfinite().all()
+        ],
+    }
+    return [
+        f"  {len(names)} {title}:\n    {_enumerated(names, chr(10) + '    ')}"
+        for title, names in groups.items()
+        if names
+    ]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single value"
+
+
+def _hints(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list[str]:
+    weights = [name for name, value in expected.items() if value.ndim >= 2]
+    if not expected.keys() & came.keys():
+        return ["hint: not one name agrees; the file is of another architecture"]
+    if not weights:
+        return []
+    (first, came_first), (last, came_last) = ((expected[name], came.get(name)) for name in (weights[0], weights[-1]))
+    hints = []
+    if came_last is not None and came_last.shape[1:] == last.shape[1:] and came_last.shape != last.shape:
+        hints.append(f"hint: the file has {len(came_last)} classes; the net was built with {len(last)}")
+    if came_first is not None and came_first.ndim >= 2 and came_first.shape[1] != first.shape[1]:
+        hints.append(f"hint: the file takes {came_first.shape[1]} channels; the net was built with {first.shape[1]}")
+    return hints
+
+
+# Changes
+
+
+def _octets(tensor: Tensor) -> Tensor:
+    """The bits of a tensor, uint8 `(numel * itemsize,)`."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The bits of a tensor, uint8 `(numel, itemsize)`."""
+    return _octets(tensor).reshape(-1, tensor.itemsize)
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _entries(name: str, parent: Tensor, child: Tensor) -> dict[str, Tensor]:
+    before = _rows(parent)
+    index = (before != _rows(child)).any(dim=1).nonzero().flatten()
+    if not len(index):
+        return {}
+    if parent.numel() <= torch.iinfo(torch.int32).max:
+        index = index.to(torch.int32)
+    if index.nbytes + len(index) * parent.itemsize >= parent.nbytes:
+        return {f"full:{name}": parent}
+    return {f"index:{name}": index, f"values:{name}": before[index].flatten().view(parent.dtype)}
+
+
+def _original(name: str, child: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+    if f"full:{name}" in entries:
+        return entries[f"full:{name}"].clone()
+    rows = _rows(child).clone()
+    if f"index:{name}" in entries:
+        rows[entries[f"index:{name}"].long()] = _rows(entries[f"values:{name}"])
+    return rows.flatten().view(child.dtype).reshape(child.shape)
+
+
+def _read_changes(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        data = _bytes(path)
+        with _reading(path):
+            entries = safetensors.torch.load(data)
+            metadata = _split(data)[0].get("__metadata__", {})
+    except ModelError as error:
+        raise RecordError(str(error)) from error
+    if metadata.get("format") != _CHANGES_FORMAT:
+        raise RecordError(f"{path} is not a change file; expected a file that `save_changes` wrote")
+    if metadata.get("version") != _CHANGES_VERSION:
+        raise RecordError(
+            f"{path} is a change file of version {_plain(str(metadata.get('version')))}; "
+            f"this untrojan reads version {_CHANGES_VERSION}"
+        )
+    return entries, metadata

@@ -1,0 +1,245 @@
+"""Architectures by name: shapes, published parameter names, specs and their errors."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from untrojan.errors import ConfigError
+from untrojan.sources import load
+from untrojan.sources.nets import NETS, build
+
+SHARED = Path(__file__).parents[2] / "shared"
+SIZES = {"digits-cnn": (1, 8)}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_defaults_take_the_images_they_are_made_for(name):
+    channels, size = SIZES.get(name, (3, 32))
+    assert build(name).eval()(torch.zeros(2, channels, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_classes_and_channels_are_arguments(name):
+    _, size = SIZES.get(name, (3, 32))
+    assert build(f"{name}:classes=7,channels=2").eval()(torch.zeros(2, 2, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "present", "absent", "parameters"),
+    [
+        (
+            "small-vgg",
+            ["features.0.bias", "features.20.running_var", "classifier.weight"],
+            ["features.21.weight"],
+            308_394,
+        ),
+        (
+            "wrn-16-1",
+            [
+                "conv1.weight",
+                "block2.layer.0.convShortcut.weight",
+                "block3.layer.1.bn2.bias",
+                "bn1.weight",
+                "fc.bias",
+            ],
+            ["block1.layer.0.convShortcut.weight", "conv1.bias"],
+            175_066,
+        ),
+        (
+            "resnet18",
+            [
+                "conv1.weight",
+                "bn1.weight",
+                "layer2.0.shortcut.0.weight",
+                "layer2.0.shortcut.1.running_var",
+                "linear.bias",
+            ],
+            ["layer1.0.shortcut.0.weight", "layer2.1.shortcut.0.weight"],
+            11_173_962,
+        ),
+        (
+            "preactresnet18",
+            ["conv1.weight", "layer1.0.bn1.weight", "layer4.0.shortcut.0.weight", "linear.bias"],
+            ["bn1.weight", "layer4.0.shortcut.1.weight"],
+            11_171_146,
+        ),
+        (
+            "vgg16-bn",
+            ["features.0.bias", "features.41.running_mean", "classifier.bias"],
+            ["features.43.weight"],
+            14_728_266,
+        ),
+        (
+            "digits-cnn",
+            ["features.0.weight", "features.8.running_mean", "classifier.bias"],
+            ["features.0.bias"],
+            None,
+        ),
+    ],
+)
+def test_parameters_have_the_published_names(name, present, absent, parameters):
+    net = build(name)
+    keys = net.state_dict().keys()
+    assert set(present) <= keys
+    assert not set(absent) & keys
+    if parameters:
+        assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
+def test_wide_residual_shortcut_sees_the_activated_input():
+    torch.manual_seed(0)
+    block = build("wrn-16-1").eval().block2.layer[0]
+    nn.init.zeros_(block.conv2.weight)
+    maps = torch.randn(1, 16, 8, 8)
+    assert torch.allclose(block(maps), block.convShortcut(torch.relu(block.bn1(maps))))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet99", r"unknown net 'resnet99'.*digits-cnn, .*wrn-16-1, or package\.module:callable"),
+        ("", "unknown net ''"),
+        (":x", "unknown net ':x'"),
+        ("small-vgg:width=3", "argument 'width'; small-vgg takes classes: int = 10"),
+        ("small-vgg:classes", "expected key=value once per key, got 'classes'; small-vgg takes classes"),
+        ("small-vgg:classes=", "expected classes to be int, got ''"),
+        ("small-vgg:=3", "expected key=value"),
+        ("small-vgg:classes=3,classes=4", "once per key"),
+        ("small-vgg:classes=ten", "expected classes to be int, got 'ten'; small-vgg takes classes: int = 10"),
+        ("small-vgg:classes=2.5", "expected classes to be int, got '2.5'"),
+        ("small-vgg:classes=true", "expected classes to be int, got 'true'"),
+        ("small-vgg:classes=0", "expected classes of small-vgg to be at least 1, got 0"),
+        ("small-vgg:channels=-1", "expected channels of small-vgg to be at least 1, got -1"),
+        ("no_such_module_at_all:net", "cannot import no_such_module_at_all:net: ModuleNotFoundError"),
+        ("torch.nn:Linearr", "cannot import torch.nn:Linearr: AttributeError"),
+        (
+            "torch.nn:Linear:in_features=3",
+            "missing a required argument: 'out_features'; torch.nn:Linear takes in_features",
+        ),
+        ("torch.nn:Linear:in_features=3,out_features=-2", "torch.nn:Linear could not be built: RuntimeError"),
+        ("math:pi", "cannot tell the arguments of math:pi: TypeError"),
+        ("pathlib:Path", r"expected pathlib:Path to return a torch.nn.Module, got \w*Path"),
+    ],
+)
+def test_spec_that_does_not_fit_says_what_would(spec, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(spec)
+    assert "\n" not in str(caught.value)
+
+
+MINE = """
+from __future__ import annotations
+from torch import nn
+
+def net(width: int = 4, name: str = "a", rate: float = 0.5, bias: bool = True, free=None):
+    made = nn.Linear(width, 2, bias)
+    made.given = (width, name, rate, bias, free)
+    return made
+
+def fails():
+    raise RuntimeError("first\\nsecond")
+
+class Factories:
+    net = net
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_net.py").write_text(MINE)
+    yield "my_own_net"
+    sys.modules.pop("my_own_net", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ("", (4, "a", 0.5, True, None)),
+        (":width=2", (2, "a", 0.5, True, None)),
+        (":name=3,rate=1,bias=false,free=x:y", (4, "3", 1, False, "x:y")),
+        (": width = 3 , rate=1e-3,free=2.5", (3, "a", 1e-3, True, 2.5)),
+    ],
+)
+def test_callable_in_the_current_directory(mine, arguments, given):
+    before = list(sys.path)
+    assert build(f"{mine}:net{arguments}").given == given
+    assert sys.path == before
+
+
+def test_callable_may_be_an_attribute_of_an_attribute(mine):
+    assert isinstance(build(f"{mine}:Factories.net"), nn.Linear)
+
+
+@pytest.mark.parametrize("text", ["rate=x", "bias=1", "width=1.5"])
+def test_annotations_of_a_callable_are_held_to(mine, text):
+    with pytest.raises(ConfigError, match=r"width: 'int' = 4, name: 'str' = 'a'"):
+        build(f"{mine}:net:{text}")
+
+
+def test_callable_that_fails_is_one_line(mine):
+    with pytest.raises(
+        ConfigError, match=r"my_own_net:fails could not be built: RuntimeError: first second$"
+    ):
+        build(f"{mine}:fails")
+
+
+def test_built_in_name_wins_over_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18.py").write_text("raise SystemExit")
+    with pytest.raises(ConfigError, match="key=value"):
+        build("resnet18:net")
+
+
+def test_digits_net_learns_the_digits_in_seconds():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    net = build("digits-cnn").train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(5):
+        for batch in torch.randperm(1200).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        accuracy = net.eval()(images[1200:]).argmax(1).eq(labels[1200:]).float().mean().item()
+    assert accuracy > 0.9
+
+
+def accuracy(net, file, rows):
+    table = pyarrow.parquet.read_table(SHARED / "data" / file).slice(0, rows).to_pydict()
+    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        logits = torch.cat([net(batch) for batch in images.split(256)])
+    return logits.argmax(1).eq(torch.tensor(table["label"])).float().mean().item()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared checkpoints are not beside this checkout")
+@pytest.mark.parametrize(
+    ("checkpoint", "net", "expected"),
+    [
+        ("ibau-cifar10-badnets-t8.pth", "small-vgg", 0.846),
+        ("ibau-cifar10-trojan_sq-t2.pth", "small-vgg", 0.849),
+        ("ibau-cifar10-l0_inv-t0.pth", "small-vgg", 0.837),
+        ("ibau-gtsrb-badnets-t8.pth", "small-vgg:classes=43", 0.973),
+        ("ibau-gtsrb-trojan_wm-t2.pth", "small-vgg:classes=43", 0.973),
+        ("abl-cifar10-grid-t0.tar", "wrn-16-1", 0.858),
+        ("nad-cifar10-finetuned.tar", "wrn-16-1", 0.855),
+    ],
+)
+def test_published_model_has_its_published_accuracy(checkpoint, net, expected):
+    file = "gtsrb/test.parquet" if "gtsrb" in checkpoint else "cifar10/test-lossless.parquet"
+    measured = accuracy(load(SHARED / "checkpoints" / checkpoint, net), file, rows=3000)
+    assert measured == pytest.approx(expected, abs=0.001)

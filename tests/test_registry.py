@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from untrojan.errors import ConfigError
+from untrojan.lab.attack import Attack
+from untrojan.lab.attacks.badnets import BadNets
+from untrojan.registry import describe, discover, fields, make, parse
+
+
+class Cook(ABC):
+    name: ClassVar[str]
+
+    @abstractmethod
+    def cook(self): ...
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Stew(Cook):
+    """Slow food.
+
+    Attributes:
+        hours: How long, at least
+            one hour: no less.
+        pot (Path): Where
+    """
+
+    name: ClassVar[str] = "stew"
+    hours: Annotated[int, Field(ge=1)] = 2
+    pot: Path
+
+    def cook(self): ...
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Soup(Stew):
+    """Thin food.
+
+    Args:
+        style: Clear or not.
+
+        spices: In order.
+
+    Returns:
+        nothing: This is not a field.
+    """
+
+    name: ClassVar[str] = "soup"
+    style: Literal["clear", "thick"] = "clear"
+    spices: list[str] = dataclasses.field(default_factory=lambda: ["salt"])
+    secret: float | None = None
+
+
+METHOD = """
+from typing import ClassVar
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from untrojan.lab.attack import Attack
+from untrojan.lab.attacks.badnets import BadNets
+
+class Abstract(Attack):
+    name: ClassVar[str] = "abstract"
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Found(Attack):
+    {name}
+    size: int = 1
+
+    def _trigger(self, images):
+        return images
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package on the path; call it with file names and sources."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**modules):
+        folder = tmp_path / "kitchen"
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        for name, source in modules.items():
+            (folder / f"{name}.py").write_text(source)
+        return "kitchen"
+
+    yield write
+    for name in [name for name in sys.modules if name.split(".")[0] == "kitchen"]:
+        del sys.modules[name]
+
+
+def test_discover_lists_every_attack_by_name():
+    found = discover("untrojan.lab.attacks", Attack)
+    assert {"additive", "badnets", "masked"} <= set(found)
+    assert list(found) == sorted(found)
+    assert all(cls.name == name for name, cls in found.items())
+
+
+def test_adding_a_method_is_one_file(package):
+    name = package(
+        zebra=METHOD.format(name='name: ClassVar[str] = "z"'),
+        ape=METHOD.format(name='name: ClassVar[str] = "a"'),
+    )
+    assert list(discover(name, Attack)) == ["a", "z"], "neither abstract classes nor imported ones"
+    assert describe(parse("z:size=4", name, Attack)) == {"size": 4}
+
+
+def test_two_methods_of_one_name_are_refused(package):
+    source = METHOD.format(name='name: ClassVar[str] = "twin"')
+    with pytest.raises(ConfigError, match=r"'twin'.*kitchen\.one\.Found.*kitchen\.two\.Found"):
+        discover(package(one=source, two=source), Attack)
+
+
+def test_a_method_without_a_name_is_refused(package):
+    with pytest.raises(ConfigError, match=r"`name` on kitchen\.one\.Found"):
+        discover(package(one=METHOD.format(name="")), Attack)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("badnets", BadNets()),
+        ("badnets:", BadNets()),
+        ("badnets:pattern=grid", BadNets(pattern="grid")),
+        ("badnets:size=4,row=27,col=27,value=1", BadNets(size=4, row=27, col=27, value=1.0)),
+    ],
+)
+def test_parse_builds_what_the_constructor_builds(spec, expected):
+    assert parse(spec, "untrojan.lab.attacks", Attack) == expected
+
+
+def test_parse_keeps_commas_and_equals_signs_in_values(tmp_path):
+    image, mask = tmp_path / "a,b.png", tmp_path / "m=n,o.npy"
+    image.touch()
+    mask.touch()
+    attack = parse(f"masked:image={image},mask={mask}", "untrojan.lab.attacks", Attack)
+    assert describe(attack) == {"image": str(image), "mask": str(mask)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("badnet", "no attack is named 'badnet'; expected one of additive, badnets, masked"),
+        ("badnets:sizes=4", "`sizes` is not a field"),
+        ("badnets:name=x", "`name` is not a field"),
+        ("badnets:size=four", "`size`: input should be a valid integer"),
+        ("badnets:size=four", "got 'four'"),
+        ("badnets:size=0", "`size`: input should be greater than or equal to 1, got '0'"),
+        ("badnets:value=2", "`value`: input should be less than or equal to 1, got '2'"),
+        ("badnets:pattern=dot", "input should be 'square' or 'grid', got 'dot'"),
+        (
+            "badnets:sizes=4",
+            "its fields are pattern='square', size=3, row=None, col=None, value=1.0",
+        ),
+        ("badnets:size", "'size' is no key=value"),
+        ("badnets:size=3,size=4", "'size=4' is given twice"),
+        ("badnets:pattern=grid,size=4", "expected size 3 with the grid, got 4"),
+        ("additive", "`image` must be given; its fields are image"),
+        ("additive:image=/no/such.png", "`image`: path does not point to a file, got '/no/such.png'"),
+    ],
+)
+def test_parse_says_what_is_wrong_with_a_spec(spec, text):
+    with pytest.raises(ConfigError) as error:
+        parse(spec, "untrojan.lab.attacks", Attack)
+    assert text in str(error.value)
+
+
+def test_make_tells_about_all_fields_at_once():
+    with pytest.raises(ConfigError, match=r"stew: .*`hours`: .*; `pot` must be given; `lid` is not a field"):
+        make(Stew, {"hours": 0, "lid": True})
+
+
+def test_fields_give_types_defaults_and_help():
+    hours, pot, style, spices, secret = fields(Soup)
+    assert hours == ("hours", int, 2, "How long, at least one hour: no less.")
+    assert pot == ("pot", Path, dataclasses.MISSING, "Where")
+    assert style == ("style", Literal["clear", "thick"], "clear", "Clear or not.")
+    assert spices == ("spices", list[str], ["salt"], "In order.")
+    assert secret == ("secret", float | None, None, "")
+
+
+@pytest.mark.parametrize("cls", discover("untrojan.lab.attacks", Attack).values())
+def test_every_field_of_every_attack_has_help(cls):
+    assert all(field.help for field in fields(cls))
+
+
+def test_describe_is_json_and_builds_the_same_again(tmp_path):
+    soup = Soup(pot=tmp_path, secret=0.5)
+    told = describe(soup)
+    assert told == {
+        "hours": 2,
+        "pot": str(tmp_path),
+        "style": "clear",
+        "spices": ["salt"],
+        "secret": 0.5,
+    }
+    assert make(Soup, json.loads(json.dumps(told))) == soup
+
+
+def test_methods_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BadNets().size = 4

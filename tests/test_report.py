@@ -1,0 +1,418 @@
+"""The report: every variant of a record gives a whole, safe, self-contained page that a browser draws."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from untrojan.record import (
+    Accuracy,
+    Check,
+    CleanInfo,
+    CurvePoint,
+    Diagnosis,
+    Layer,
+    MethodInfo,
+    ModelInfo,
+    Rate,
+    Record,
+    Selection,
+    Target,
+    UnlearningPoint,
+    UnlearningRun,
+    Verdict,
+)
+from untrojan.report import render
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+SECTIONS = ["verdict", "before-after", "target", "pruning", "masks", "settings", "reproduce", "limits"]
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"' $$x$$ \u202e"
+
+
+def unlearning_run(seed: int, target: int, classes: int) -> UnlearningRun:
+    rng = random.Random(seed)
+    trace = []
+    for epoch in range(1, 6):
+        top = 1 / classes + (0.86 - 0.03 * seed - 1 / classes) * ((epoch - 1) / 4) ** 1.5
+        rest = [rng.random() for _ in range(classes)]
+        rest[target] = 0.0
+        shares = [(1 - top) * share / sum(rest) for share in rest]
+        shares[target] = top
+        trace.append(
+            UnlearningPoint(epoch=epoch, accuracy=0.93 - 0.19 * (epoch - 1) + 0.02 * seed, shares=shares)
+        )
+    return UnlearningRun(
+        seed=seed,
+        view="noise" if seed % 2 else "plain",
+        images=400,
+        reached=True,
+        label=target,
+        share=trace[-1].shares[target],
+        trace=trace,
+    )
+
+
+def diagnosis(verdict: Verdict, runs: list[UnlearningRun]) -> Diagnosis:
+    """As the scan writes it: every class is a target, with its mean share at the ends of the runs."""
+    columns = enumerate(zip(*(run.trace[-1].shares for run in runs), strict=True))
+    scores = {label: sum(column) / len(runs) for label, column in columns}
+    return Diagnosis(
+        verdict=verdict,
+        rule="found: every run came down to the floor and one class holds 50% of the predictions or more",
+        targets=[
+            Target(label=label, score=scores[label])
+            for label in sorted(scores, key=scores.__getitem__, reverse=True)
+        ],
+        runs=runs,
+    )
+
+
+def curve(layers: list[Layer]) -> list[CurvePoint]:
+    points = []
+    for number in range(20):
+        threshold = number * 0.05
+        drop = 0.002 * number + (0.9 * (threshold - 0.55) ** 2 * 4.4 if threshold > 0.55 else 0.0)
+        points.append(
+            CurvePoint(
+                threshold=threshold,
+                pruned=sum(value <= threshold for layer in layers for value in layer.values),
+                accuracy=0.912 - drop,
+                drop=drop,
+                drop_low=drop - 0.01 - 0.02 * drop,
+                drop_high=drop + 0.014 + 0.05 * drop,
+            )
+        )
+    return points
+
+
+def layers(names: list[str], widths: list[int]) -> list[Layer]:
+    rng = random.Random(7)
+    made = []
+    for depth, (name, width) in enumerate(zip(names, widths, strict=True)):
+        values = [1.0 if rng.random() < 0.4 else max(0.0, 1 - rng.expovariate(9)) for _ in range(width)]
+        for unit in rng.sample(range(width), depth * 3):
+            values[unit] = rng.random() * 0.4
+        made.append(
+            Layer(name=name, values=values, changed=[i for i, value in enumerate(values) if value <= 0.45])
+        )
+    return made
+
+
+def make(classes: int = 10, **changes: object) -> Record:
+    """A plausible record of a repaired model; `changes` replace whole parts."""
+    names = [*CIFAR, *(f"class number {number}" for number in range(10, classes))]
+    masks = layers([f"features.{i}.bn.weight" for i in range(6)], [32, 32, 64, 64, 128, 128])
+    model = ModelInfo(
+        path="models/vgg-badnets.safetensors",
+        sha256="1f" * 32,
+        state_sha256="2e" * 32,
+        net="untrojan.lab.nets:small_vgg",
+        architecture="SmallVGG",
+        parameters=287_178,
+        classes=classes,
+    )
+    fields: dict[str, object] = {
+        "method": MethodInfo(
+            name="rnp",
+            fields={"unlearn_lr": 0.01, "floor": 0.2, "recover_epochs": 20, "zero_bias": True},
+        ),
+        "status": "repaired",
+        "reason": "3 of 3 unlearning runs ended on label 8; pruning 48 units keeps accuracy in its budget.",
+        "seed": 0,
+        "model": model,
+        "clean": CleanInfo(
+            path="data/clean", sha256="3d" * 32, images=500, shape=(3, 32, 32),
+            per_class=[500 // classes] * classes, class_names=names,
+        ),
+        "diagnosis": diagnosis("found", [unlearning_run(seed, 8, classes) for seed in range(3)]),
+        "selection": Selection(
+            rule="budget: the largest threshold whose upper bound of the drop is at most 2 points",
+            chosen=9,
+            curve=curve(masks),
+        ),
+        "before": Accuracy(accuracy=Rate.of(228, 250)),
+        "after": Accuracy(accuracy=Rate.of(224, 250)),
+        "checks": [
+            Check(name="accuracy within budget", passed=True, detail="drop 1.6 points, budget 2.0"),
+            Check(name="target label does not survive unlearning", passed=True, detail="label 8: 83% to 14%"),
+            Check(name="same architecture and keys", passed=True, detail="42 tensors"),
+        ],
+        "units_changed": sum(len(layer.changed) for layer in masks),
+        "units_total": 448,
+        "layers": masks,
+        "repaired": model.model_copy(update={"path": "models/vgg.repaired.safetensors", "sha256": "4c" * 32}),
+        "seconds": {"unlearn": 41.25, "recover": 18.5, "select": 9.75},
+        "peak_memory_bytes": 911_000_000,
+        "environment": {"untrojan": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "threads": "2"},
+        "command": "untrojan repair models/vgg-badnets.safetensors --net nets:small_vgg --clean data/clean",
+    }  # fmt: skip
+    return Record.model_validate(fields | changes)
+
+
+def clean_model() -> Record:
+    return make(
+        status="nothing_to_repair",
+        reason="The unlearning runs ended on three different labels.",
+        diagnosis=diagnosis(
+            "not_found", [unlearning_run(seed, label, 10) for seed, label in enumerate((3, 5, 1))]
+        ),
+        selection=None,
+        checks=[],
+        layers=[],
+        units_changed=0,
+        after=Accuracy(accuracy=Rate.of(228, 250)),
+        command=None,
+    )
+
+
+def failed() -> Record:
+    record = make()
+    assert record.selection is not None
+    assert record.diagnosis is not None
+    return make(
+        status="failed",
+        reason="No point of the curve stays within the budget.",
+        selection=record.selection.model_copy(update={"chosen": None}),
+        diagnosis=record.diagnosis.model_copy(update={"verdict": "inconclusive"}),
+        checks=[Check(name="accuracy within budget", passed=False, detail="drop 9.3 points, budget 2.0")],
+        layers=[layer.model_copy(update={"changed": []}) for layer in record.layers],
+        units_changed=0,
+        after=Accuracy(accuracy=Rate.of(0, 0)),
+        warnings=[
+            "run 2 did not reach the accuracy floor",
+            "the hold-out has fewer than 10 images of 3 classes",
+        ],
+    )
+
+
+def deep() -> Record:
+    names = [f"encoder.layer{1 + i // 20}.{i // 2}.bn{1 + i % 2}.weight" for i in range(60)]
+    return make(classes=200, layers=layers(names, [180] * 60), units_total=60 * 180)
+
+
+def hostile() -> Record:
+    record = make()
+    return make(
+        reason=HOSTILE,
+        command=HOSTILE,
+        warnings=[HOSTILE],
+        model=record.model.model_copy(update={"path": HOSTILE, "architecture": HOSTILE}),
+        clean=record.clean.model_copy(update={"class_names": [HOSTILE] * 10, "path": HOSTILE}),
+        method=MethodInfo(name=HOSTILE, fields={HOSTILE: HOSTILE}),
+        checks=[Check(name=HOSTILE, passed=True, detail=HOSTILE)],
+        layers=[Layer(name=HOSTILE, values=[0.0, 1.0], changed=[0])],
+        environment={HOSTILE: HOSTILE},
+        seconds={HOSTILE: 1.0},
+    )
+
+
+VARIANTS = {
+    "repaired": make,
+    "nothing_to_repair": clean_model,
+    "failed": failed,
+    "no_diagnosis": lambda: make(diagnosis=None),
+    "classes_43": lambda: make(classes=43),
+    "deep": deep,
+    "hostile": hostile,
+}
+CHARTS = {
+    "repaired": {"shares", "forgetting", "surviving", "pruning", "masks"},
+    "nothing_to_repair": {"shares", "forgetting", "surviving"},
+    "failed": {"shares", "forgetting", "surviving", "pruning", "masks"},
+    "no_diagnosis": {"pruning", "masks"},
+    "classes_43": {"shares", "forgetting", "surviving", "pruning", "masks"},
+    "deep": {"shares", "forgetting", "surviving", "pruning", "masks"},
+    "hostile": {"shares", "forgetting", "surviving", "pruning", "masks"},
+}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, ids, the text of each script, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.ids: list[str] = []
+        self.data: dict[str, str] = {}
+        self.texts: list[tuple[str, str]] = []
+        self._inside = "body"
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.elements.append((tag, found))
+        self.ids += [value for value in [found.get("id")] if value]
+        self._inside = (found.get("id") or "") if tag == "script" else tag
+
+    def handle_endtag(self, tag):
+        self._inside = "body"
+
+    def handle_data(self, data):
+        self.data[self._inside] = self.data.get(self._inside, "") + data
+        if self._inside not in ("", "style", "record", "plots"):
+            self.texts.append((self._inside, data))
+
+    def text(self) -> str:
+        return " ".join(" ".join(text for _, text in self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return {name: render(record()) for name, record in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_page_holds_every_section_in_order_and_the_charts_it_has_data_for(pages, name):
+    page = Page(pages[name])
+    assert [found for found in page.ids if found in SECTIONS] == SECTIONS
+    assert len(page.ids) == len(set(page.ids))
+    charts = json.loads(page.data["plots"])["figures"]
+    assert set(charts) == CHARTS[name]
+    assert {found for found in page.ids if found.startswith("plot-")} == {f"plot-{chart}" for chart in charts}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_page_is_small_and_refers_to_nothing_outside(pages, name):
+    page = Page(pages[name])
+    assert len(pages[name].encode()) < 5_000_000
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "data", "action", "poster"} & set(attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    assert not re.search(r"url\(|@import|https?:", page.data["style"])
+    assert "link" not in {tag for tag, _ in page.elements}
+    policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy.split(";")[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_embedded_record_reads_back_as_it_was(pages, name):
+    assert Record.model_validate_json(Page(pages[name]).data["record"]) == VARIANTS[name]()
+
+
+def test_same_record_gives_the_same_page(pages):
+    assert render(make()) == pages["repaired"]
+
+
+@pytest.mark.parametrize(
+    ("record", "verdict", "badge"),
+    [
+        (make(), "Backdoor found: target label 8 (ship). The model was repaired.", "✓ Repaired"),
+        (clean_model(), "No backdoor found; the model is unchanged.", "✓ Nothing to repair"),
+        (
+            failed(),
+            "Backdoor suspected in label 8 (ship); the repair did not pass its checks.",
+            "✕ Not repaired",
+        ),
+        (make(diagnosis=None), "Not scanned for a target label. The model was repaired.", "✓ Repaired"),
+        (
+            make(status="failed", checks=[]),
+            "Backdoor found: target label 8 (ship); the model could not be repaired.",
+            "✕ Not repaired",
+        ),
+        (
+            make(
+                status="nothing_to_repair",
+                diagnosis=Diagnosis(verdict="inconclusive", rule="none", targets=[], runs=[]),
+            ),
+            "The scan for a backdoor was inconclusive; the model is unchanged.",
+            "? Not repaired",
+        ),
+    ],
+)
+def test_verdict_comes_first_in_one_sentence(record, verdict, badge):
+    page = Page(render(record))
+    assert page.data["h1"].strip() == verdict
+    assert badge in page.text()
+
+
+def test_checks_and_numbers_are_written_for_people(pages):
+    text = Page(pages["repaired"]).text()
+    assert "91.2%" in text
+    assert "228 of 250; 95% interval 87.0% to 94.1%" in text
+    assert "It fell by 1.6 percentage points." in text
+    assert "3 of 3 unlearning runs ended on label 8 (ship)" in text
+    assert "seed 1, noise: label 8 (ship)" in text
+    assert "At most 1 of 3 unlearning runs ended on the same label" in Page(pages["nothing_to_repair"]).text()
+    assert "✓ passed accuracy within budget" in text
+    assert "untrojan evaluate" in text
+    failing = Page(pages["failed"]).text()
+    assert "✕ failed accuracy within budget" in failing
+    assert "No point of the curve was acceptable" in failing
+    assert "run 2 did not reach the accuracy floor" in failing
+    assert "not measured" in failing
+
+
+def test_command_can_be_copied_or_is_said_to_be_python(pages):
+    page = Page(pages["repaired"])
+    assert page.data["pre"].strip() == make().command
+    assert "copy" in page.ids
+    assert "came from Python" in Page(pages["nothing_to_repair"]).text()
+    assert "copy" not in Page(pages["nothing_to_repair"]).ids
+
+
+@pytest.mark.parametrize("name", ["classes_43", "deep"])
+def test_bars_show_the_largest_classes_only(pages, name):
+    chart = json.dumps(json.loads(Page(pages[name]).data["plots"])["figures"]["shares"])
+    assert "8 ship" in chart
+    assert chart.count('"PlainText"') == 15
+
+
+def test_hostile_text_stays_text(pages):
+    page = Page(pages["hostile"])
+    plain = Page(pages["repaired"])
+    assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in plain.elements].count(
+        "script"
+    )
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert "document.title='owned'" in page.text()
+
+
+def test_text_that_turns_the_reading_direction_is_spelled_out(pages):
+    shown = pages["hostile"].split('<script type="application/json" id="record">')[0]
+    assert "\u202e" not in shown
+    assert "\\u202e" in shown
+
+
+def test_charts_survive_a_record_without_numbers():
+    point = UnlearningPoint(epoch=1, accuracy=0.0, shares=[0.0, 0.0])
+    run = UnlearningRun(seed=0, images=0, reached=False, label=1, share=0.0, trace=[point])
+    record = make(
+        diagnosis=Diagnosis(verdict="inconclusive", rule="none", targets=[], runs=[run]),
+        selection=Selection(rule="none", chosen=0, curve=curve([])[:1]),
+        layers=[Layer(name="bn", values=[-3.0, 2.0], changed=[])],
+        before=Accuracy(accuracy=Rate.of(0, 0)),
+        units_total=0,
+        units_changed=0,
+    )
+    assert "Backdoor" not in Page(render(record)).data["h1"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_browser_draws_every_chart_without_an_error(pages, name, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium to open the page in")
+    file = tmp_path / "report.html"
+    file.write_text(pages[name], encoding="utf-8")
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
+         "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    harmless = ("setting log level", "ResizeObserver loop completed")
+    console = [line for line in console if not any(message in line for message in harmless)]
+    assert console == []
+    dom = Page(done.stdout)
+    assert dom.data["title"] == Page(pages[name]).data["title"]
+    drawn = [element for element in dom.elements if "bk-Figure" in (element[1].get("class") or "")]
+    assert len(drawn) == len(CHARTS[name])
