@@ -42,12 +42,13 @@ def fit(
     name: str,
     detail: str = "",
     milestones: Sequence[int] = (),
+    buffers: Sequence[Tensor] = (),
     project: Callable[[], object] | None = None,
     stop: Callable[[Epoch], bool] | None = None,
 ) -> Fit:
     """Minimize a loss over tensors, in place.
 
-    When the loss is NaN or infinite the fit ends there and the tensors go back to where the epoch began.
+    When the loss or a tensor is NaN or infinite the fit ends there and everything goes back to where the epoch began.
 
     Args:
         parameters: The leaf tensors to change; only they get gradients.
@@ -58,6 +59,7 @@ def fit(
         name: What the work is called in progress and timings.
         detail: Which of several rounds this is.
         milestones: Epochs, counted from 0, before which the learning rate falls to a tenth.
+        buffers: Tensors that `step` writes to, such as running statistics.
         project: Called after each update, to put the tensors back into their allowed range.
         stop: Called after each epoch; true ends the fit.
 
@@ -82,12 +84,12 @@ def fit(
     steps = 0
     with stage(name, total=epochs, detail=detail) as advance:
         for _ in range(epochs):
-            start = [parameter.detach().clone() for parameter in parameters]
+            start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
             tally = _Tally()
             for images, labels in batches():
                 loss, logits = step(images, labels)
                 if not math.isfinite(loss.item()):
-                    _put_back(parameters, start)
+                    _put_back((*parameters, *buffers), start)
                     return Fit(history, stopped=False, diverged_at=steps)
                 updates.zero_grad()
                 loss.backward(inputs=list(parameters))
@@ -97,6 +99,9 @@ def fit(
                         project()
                 steps += 1
                 tally.add(loss.detach(), logits.detach(), labels)
+            if not all(parameter.isfinite().all() for parameter in parameters):
+                _put_back((*parameters, *buffers), start)
+                return Fit(history, stopped=False, diverged_at=steps)
             schedule.step()
             history.append(tally.epoch())
             advance()
@@ -124,7 +129,7 @@ class _Tally:
         return Epoch(self.loss / self.images, self.correct / self.images, shares)
 
 
-def _put_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)

@@ -103,10 +103,22 @@ class Mask:
         Returns:
             Logits `(N, K)`.
         """
-        state = self._masked(model)
-        if model.training:
-            state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return functional_call(model, state, (images,))
+        parameters = dict(model.named_parameters())
+        changed = {id(parameters[name]): value for name, value in self._masked(model).items()}
+        if any(module.training for module in model.modules()):
+            changed |= {id(buffer): buffer.clone() for buffer in model.buffers()}
+        # A tensor that several layers share is given to each; torch's own tie_weights leaves its values in a layer that
+        # has two names (pytorch issue 164759).
+        state = {
+            name: changed[id(tensor)]
+            for prefix, module in model.named_modules()
+            for name, tensor in (
+                *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+                *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+            )
+            if id(tensor) in changed
+        }
+        return functional_call(model, state, (images,), tie_weights=False)
 
     def bake(self, model: nn.Module) -> nn.Module:
         """Fold the multipliers into a copy of the network; the architecture and the names stay the same."""
@@ -210,28 +222,29 @@ def budget(right: Tensor, before: Tensor, drop: float) -> int | None:
         >>> budget(right, before, drop=0.25)
         1
     """
-    lost = before.float().mean() - right.float().mean(1)
+    lost = before.double().mean() - right.double().mean(1)
     over = (lost > drop + 1e-9).nonzero().flatten()
     allowed = int(over[0]) if len(over) else len(lost)
     return allowed - 1 if allowed else None
 
 
-def curve_point(threshold: float, pruned: int, before: Tensor, right: Tensor) -> CurvePoint:
+def curve_point(scores: Mask, kept: Mask, before: Tensor, right: Tensor) -> CurvePoint:
     """Put one cut on the pruning curve.
 
     Args:
-        threshold: The score that is pruned up to.
-        pruned: How many units that is.
+        scores: The scores of all units.
+        kept: Zeros where the cut prunes them.
         before: Which images the original gets right: bool `(n,)`.
         right: The same after the cut.
     """
-    lost = before.float() - right.float()
+    pruned = torch.cat([scores.values[name][value == 0] for name, value in kept.values.items()])
+    lost = before.double() - right.double()
     drop = float(lost.mean())
     half = 1.96 * float(lost.std(correction=0)) / len(lost) ** 0.5
     return CurvePoint(
-        threshold=threshold,
-        pruned=pruned,
-        accuracy=float(right.float().mean()),
+        threshold=float(pruned.max()) if len(pruned) else -1.0,
+        pruned=len(pruned),
+        accuracy=float(right.double().mean()),
         drop=drop,
         drop_low=drop - half,
         drop_high=drop + half,

@@ -4,9 +4,11 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 """
 
 import contextlib
+import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,21 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, NumPy and Python for the block, then put the random state of all three back."""
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def logits(model: nn.Module, clean: CleanSet, batch_size: int = 256) -> Tensor:
@@ -107,18 +124,19 @@ def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)[0].text
         'no image of class 2: expected at least one clean image of each of the 3 classes of the model'
     """
-    bad = [name for name, value in model.state_dict().items() if not _finite(value)]
+    bad = [name for name, value in model.state_dict().items() if isinstance(value, Tensor) and not _finite(value)]
     problems = [Problem(ModelError, f"weights hold NaN or infinity: {', '.join(bad)}")] if bad else []
     if len(clean) < 2:
         problems.append(Problem(DataError, "expected at least 2 clean images, to fit and to hold out, got 1"))
+    few = clean.take(range(min(2, len(clean))))
     try:
         with mode(model, training=False), torch.no_grad():
-            out = model(clean.take(range(min(2, len(clean)))).floats())
+            out = model(few.floats())
     except Exception as error:
         size = "x".join(map(str, clean.shape))
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return [*problems, Problem(ModelError, f"the model cannot take images of {size}: {cause}")]
-    return problems + _check_output(out, clean, weights_finite=not bad)
+    return problems + _check_output(out, len(few), clean, weights_finite=not bad)
 
 
 def require(model: nn.Module, clean: CleanSet) -> None:
@@ -132,10 +150,11 @@ def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
-def _check_output(out: object, clean: CleanSet, weights_finite: bool) -> list[Problem]:
-    if not isinstance(out, Tensor) or out.ndim != 2:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        return [Problem(ModelError, f"expected logits of shape (images, classes) from the model, got {shape}")]
+def _check_output(out: object, images: int, clean: CleanSet, weights_finite: bool) -> list[Problem]:
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != images or not out.is_floating_point():
+        came = f"{out.dtype} of {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        text = f"expected floating-point logits of shape (images, classes) for {images} images, got {came}"
+        return [Problem(ModelError, text)]
     problems = []
     if weights_finite and not torch.isfinite(out).all():
         problems.append(Problem(ModelError, "the model gives NaN or infinite logits on clean images"))

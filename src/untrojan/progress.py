@@ -9,9 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Advance = Callable[[], None]
+
+QUICK = 1.0
+LEAST_OFTEN = 60.0
 
 
 class Reporter(Protocol):
@@ -32,70 +38,110 @@ class Silent:
 
 
 class Lines:
-    """Writes a plain line to stderr when a stage begins, every few seconds, and when it ends."""
+    """Writes plain lines to stderr: how far a stage is, ever less often up to once a minute, and when it ended.
 
-    def __init__(self, every: float = 5.0) -> None:
+    Args:
+        every: Seconds until the first line about a stage that is still going on.
+        quick: Stages that take less than these seconds are not worth a line.
+    """
+
+    def __init__(self, every: float = 5.0, quick: float = QUICK) -> None:
         self.every = every
+        self.quick = quick
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
-        """Write `name` with steps done, rate and time left; quick stages get one line only."""
+        """Write `name` with steps done, pace and time left."""
         start = said = time.monotonic()
+        wait = self.every
         done = 0
 
         def advance() -> None:
-            nonlocal done, said
+            nonlocal done, said, wait
             done += 1
             now = time.monotonic()
-            if now - said >= self.every and done < total:
-                said = now
-                rate = done / (now - start)
-                self._say(f"{name}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+            if now - said >= wait and done < total:
+                said, wait = now, min(2 * wait, max(wait, LEAST_OFTEN))
+                left = (total - done) * (now - start) / done
+                self._say(f"{name}: {done} of {total}, {_pace(done, now - start)}, about {_span(left)} left")
 
         yield advance
-        self._say(f"{name}: done in {time.monotonic() - start:.1f} s")
+        spent = time.monotonic() - start
+        if spent >= self.quick or said != start:
+            self._say(f"{name}: done in {_span(spent)}")
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Bars:
-    """Draws one bar per stage on a terminal, with rate and time left."""
+    """Draws one bar per stage on a terminal, with pace and time left; bars of quick stages vanish when they end.
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    Args:
+        quick: Stages that take less than these seconds leave nothing behind.
+    """
 
-        self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[rate]:>9}"),
-            TimeRemainingColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._open = 0
+    def __init__(self, quick: float = QUICK) -> None:
+        self.quick = quick
+        self._live: Progress | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Draw a bar of `total` steps under `name`; nested stages stand below each other."""
-        if self._open == 0:
-            self._progress.start()
-        self._open += 1
-        task = self._progress.add_task(name, total=total, rate="")
+        outermost = self._live is None
+        live = self._live = self._live or _bars()
+        start = time.monotonic()
+        done = 0
+        bar = live.add_task(name, total=total, pace="")
 
         def advance() -> None:
-            speed = self._progress.tasks[task].speed
-            self._progress.update(task, advance=1, rate=f"{speed:.1f}/s" if speed else "")
+            nonlocal done
+            done += 1
+            live.update(bar, completed=done, pace=_pace(done, time.monotonic() - start))
 
         try:
+            if outermost:
+                live.start()
             yield advance
-            self._progress.update(task, completed=total)
+            live.update(bar, total=done or total, completed=done or total)
         finally:
-            self._open -= 1
-            if self._open == 0:
-                self._progress.stop()
+            quick = time.monotonic() - start < self.quick
+            if outermost:
+                self._live = None
+                live.live.transient = quick
+                live.stop()
+            elif quick:
+                live.remove_task(bar)
+
+
+def _bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:<27}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[pace]:>10}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=Console(stderr=True),
+    )
+
+
+def _pace(steps: int, seconds: float) -> str:
+    """Steps per second or seconds per step, whichever is above 1."""
+    if steps >= seconds:
+        return f"{steps / max(seconds, 1e-9):.1f}/s"
+    return f"{_span(seconds / steps)} each"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039
@@ -121,6 +167,8 @@ def timing() -> Iterator[dict[str, float]]:
         yield seconds
     finally:
         _seconds.reset(token)
+        for name, spent in seconds.items():
+            _add(name, spent)
 
 
 @contextlib.contextmanager
@@ -146,6 +194,10 @@ def stage(name: str, total: int, detail: str = "") -> Iterator[Advance]:
         with _reporter.get().stage(f"{name} {detail}".rstrip(), total) as advance:
             yield advance
     finally:
-        seconds = _seconds.get()
-        if seconds is not None:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        _add(name, time.perf_counter() - start)
+
+
+def _add(name: str, spent: float) -> None:
+    seconds = _seconds.get()
+    if seconds is not None:
+        seconds[name] = seconds.get(name, 0.0) + spent

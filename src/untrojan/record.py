@@ -26,6 +26,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _Versioned(BaseModel):
+    schema_version: int = 1
+
+
 class Rate(_Part):
     """A share of `count` out of `total` with its 95 % Wilson interval; all `None` where `total` is 0.
 
@@ -51,7 +55,8 @@ class Rate(_Part):
         share = count / total
         center = (share + z * z / (2 * total)) / (1 + z * z / total)
         half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-        return cls(count=count, total=total, value=share, low=max(0.0, center - half), high=min(1.0, center + half))
+        low, high = max(0.0, center - half), min(1.0, center + half)
+        return cls(count=count, total=total, value=share, low=min(low, share), high=max(high, share))
 
 
 class MethodInfo(_Part):
@@ -128,7 +133,7 @@ class Diagnosis(_Part):
 
 
 class CurvePoint(_Part):
-    """One point of the pruning curve: what pruning at `threshold` costs.
+    """One point of the pruning curve: what it costs to prune `pruned` units, the highest score among them `threshold`.
 
     `accuracy` is hold-out accuracy, cross-fitted where the rule is the budget; `drop` is the paired loss against
     the original on the same images, with its 95 % interval.
@@ -218,7 +223,14 @@ class Record(_Part):
             RecordError: The file is missing, is not a record, or was written by a newer untrojan.
         """
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            data = Path(path).read_bytes()
+            version = _Versioned.model_validate_json(data).schema_version
+            if version > SCHEMA_VERSION:
+                raise RecordError(
+                    f"{path} was written by a newer untrojan: expected schema {SCHEMA_VERSION} or older, "
+                    f"got {version}; update untrojan to read it"
+                )
+            return cls.model_validate_json(data)
         except OSError as error:
             raise RecordError(f"cannot read record {path}: {error.strerror}") from error
         except ValidationError as error:

@@ -4,7 +4,10 @@ Exit codes: 0 nothing against the model, or repaired; 1 evidence of a backdoor; 
 that is not supported; 4 a wrong call; 130 interrupted. Results go to stdout, progress and errors to stderr.
 """
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -40,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Args:
-        arguments: What stands behind `untrojan` on the command line.
+        arguments: What stands behind `untrojan` on the command line; verbs find it as the context's `obj`.
 
     Returns:
         The exit code.
@@ -49,34 +52,80 @@ def run(arguments: Sequence[str]) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", UntrojanWarning)
         try:
-            return cli.main(list(arguments), prog_name="untrojan", standalone_mode=False) or 0
-        except click.Abort:
+            return _invoke(list(arguments))
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except KeyboardInterrupt:
             return _fail("interrupted; nothing was left half-written", INTERRUPTED)
-        except click.ClickException as error:
-            error.show()
-            return USAGE
+        except click.UsageError as error:
+            return _wrong_call(error)
         except ConfigError as error:
             return _fail(str(error), USAGE)
         except UntrojanError as error:
             return _fail(str(error), UNSUPPORTED)
         except BrokenPipeError:
             return FAILED
-        except OSError as error:
-            return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), FAILED)
+        except (OSError, SystemExit) as error:
+            return _fail(_reason(error), FAILED)
         except Exception:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             return _fail("this is a bug; please report it with the lines above", FAILED)
 
 
 def main() -> None:
     """Entry point of the `untrojan` command."""
-    sys.exit(run(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = run(sys.argv[1:])
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            # The reader went away, or the disk is full; Python would try again at its end and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or FAILED
+    sys.exit(code)
+
+
+def _invoke(arguments: list[str]) -> int:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"expected arguments in UTF-8, got {argument!r}; rename the file") from error
+    with cli.make_context("untrojan", list(arguments), obj=arguments) as ctx:
+        return cli.invoke(ctx) or 0
+
+
+def _wrong_call(error: click.UsageError) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return USAGE
+    command = error.ctx.command_path if error.ctx else "untrojan"
+    return _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", USAGE)
+
+
+def _reason(error: OSError | SystemExit) -> str:
+    if isinstance(error, SystemExit):
+        return "the code behind --net ended the program with sys.exit; name a callable that only builds the network"
+    where = f": {error.filename}" if error.filename else ""
+    return f"cannot finish: {error.strerror or error}{where}; nothing was left half-written, so run it again when cured"
+
+
+def printable(text: str) -> str:
+    """Text that may hold names from untrusted files, so that it cannot steer a terminal."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 def _fail(text: str, code: int) -> int:
-    click.echo(f"untrojan: {text}", err=True)
+    _say(text)
     return code
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    click.echo(f"untrojan: warning: {message}", err=True)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        click.echo(f"untrojan: {printable(text)}", err=True)

@@ -1,12 +1,15 @@
 """`untrojan evaluate`: how a model does on clean images, and on triggered ones where the attack is known."""
 
 import click
+from torch import nn
 
-from untrojan.cli.options import json_option, load_images, net_options, progress, quiet_option, sample_options
-from untrojan.errors import ConfigError
+from untrojan.cli.options import json_option, load_images, net_options, quiet_option, sample_options, working
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.evaluate import Scores
 from untrojan.lab.evaluate import evaluate as measure
+from untrojan.model import check
 from untrojan.record import Rate
 from untrojan.registry import parse
 from untrojan.sources import load
@@ -38,14 +41,26 @@ def evaluate(
     """Measure MODEL: clean accuracy (ACC), attack success rate (ASR) and robust accuracy (RA)."""
     known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
     wanted = _target(target)
-    network = load(model, net, mean, std)
-    original = load(before, net, mean, std) if before else None
-    images = load_images(test, samples, samples_per_class)
-    with progress(quiet):
-        earlier = measure(original, images, known, wanted) if original is not None else None
-        scores = measure(network, images, known, wanted, earlier)
+    if (known is None) != (wanted is None):
+        raise ConfigError("expected --attack and --target together, got only one of them")
+    if before and known is None:
+        raise ConfigError("--before rates a defense against an attack (DER); give --attack and --target with it")
+    with working(quiet):
+        images = load_images(test, samples, samples_per_class)
+        earlier = measure(_open(before, net, mean, std, images), images, known, wanted) if before else None
+        scores = measure(_open(model, net, mean, std, images), images, known, wanted, earlier)
     click.echo(scores.model_dump_json(indent=2) if as_json else _table(scores))
     return 0
+
+
+def _open(
+    model: str, net: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, images: CleanSet
+) -> nn.Module:
+    network = load(model, net, mean, std)
+    # Test images, unlike clean ones for a repair, may leave classes out.
+    if problems := [problem.text for problem in check(network, images) if problem.error is ModelError]:
+        raise ModelError(f"{model}: {'; '.join(problems)}")
+    return network
 
 
 def _target(text: str | None) -> Target | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from untrojan.cli.options import json_option
+from untrojan.cli.options import json_option, value_of
 from untrojan.defenses.defense import Defense
 from untrojan.registry import discover, fields
 
@@ -18,7 +18,7 @@ def methods(as_json: bool) -> int:
     """List the methods of repair."""
     found = discover("untrojan.defenses", Defense)
     if as_json:
-        click.echo(json.dumps([_card(method) for method in found.values()], indent=2))
+        click.echo(json.dumps([_card(method) for method in found.values()], indent=2, default=str))
         return 0
     for name, method in found.items():
         click.echo(f"{name:<12}{_summary(method)}")
@@ -33,6 +33,8 @@ def _card(method: type[Defense]) -> dict[str, Any]:
         "fields": [
             {
                 "name": each.name,
+                "type": value_of(each),
+                "required": each.default is MISSING,
                 "default": None if each.default is MISSING else each.default,
                 "help": each.help,
             }

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from untrojan.cli.options import require_writable
 from untrojan.defenses.defense import CHANGES, REPAIRED
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, RecordError
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.files import restore as undo
 
@@ -16,9 +17,15 @@ from untrojan.sources.files import restore as undo
 @click.option("--force", is_flag=True, help="Replace the file.")
 def restore(folder: Path, out: Path, force: bool) -> int:
     """Undo the repair in FOLDER, bit for bit, and write the original weights."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; give the file to write")
     if out.exists() and not force:
         raise ConfigError(f"{out} exists; give another file, or --force to replace it")
+    require_writable(out)
+    if missing := [name for name in (REPAIRED, CHANGES) if not (folder / name).is_file()]:
+        raise RecordError(f"{folder} has no {' and no '.join(missing)}; expected a folder that `untrojan repair` wrote")
     original = undo(Checkpoint.read(folder / REPAIRED).tensors, folder / CHANGES)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     save_state(out, original)
     click.echo(f"wrote {out}, the original weights with state {state_sha256(original)}")
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UntrojanWarning
 from untrojan.mask import Mask
-from untrojan.model import logits, require
+from untrojan.model import logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import (
     Accuracy,
@@ -98,8 +98,8 @@ class Repair:
     def save(self, folder: str | Path, force: bool = False) -> None:
         """Write `repaired.safetensors`, `changes.safetensors`, `report.html` and `record.json`.
 
-        The folder appears whole: everything is written beside it first. Into a folder that exists, the four files
-        are moved one by one, the record last.
+        The folder appears whole: everything is written beside it first. In a folder that exists, it is written inside,
+        and the four files are moved into place one by one, the record last.
 
         Args:
             folder: Where to; made if it is not there.
@@ -112,7 +112,8 @@ class Repair:
         folder = Path(folder).absolute()
         require_free(folder, force)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
+        beside = folder if folder.is_dir() else folder.parent
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
             made = Path(partial) / folder.name
             made.mkdir()
             save_state(made / REPAIRED, self._child, {"untrojan": self.record.status})
@@ -169,16 +170,14 @@ class Defense(ABC):
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
         """
-        require(model, clean)
-        with _collected() as caught, timing() as seconds, torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with _collected() as caught, timing() as seconds, seeded(seed):
+            require(copy.deepcopy(model), clean)
             outcome = self._repair(copy.deepcopy(model), clean, diagnosis, seed)
             parent, child = _state(model, source), _state(outcome.model, source)
-            _require_sound(parent, child, outcome.model, clean)
+            classes = _require_sound(parent, child, outcome.model, clean)
             status, reason = _status(outcome, changed=state_sha256(parent) != state_sha256(child))
             if status == "failed" and state_sha256(parent) == state_sha256(child):
                 warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
-        classes = logits(model, clean.take([0])).shape[1]
         record = Record(
             status=status,
             reason=reason,
@@ -232,19 +231,17 @@ def _status(outcome: Outcome, changed: bool) -> tuple[Status, str]:
 
 
 def _state(model: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
-    """The state dict as it is saved: with the keys and types of the source, where there is one."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    if source is None:
-        return state
-    return {name: state[name].to(original.dtype) for name, original in source.tensors.items()}
+    """A copy of the state dict as it is saved: with the keys and types of the source, where there is one."""
+    state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    like = source.tensors if source else state
+    return {name: state[name].to("cpu", original.dtype, copy=True) for name, original in like.items()}
 
 
-def _require_sound(
-    parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet
-) -> None:
+def _require_sound(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet) -> int:
+    """Raise unless the child is a working network of the parent's shape; give its number of classes."""
     if {name: value.shape for name, value in parent.items()} != {name: value.shape for name, value in child.items()}:
         raise ModelError("the method changed the architecture: expected the same state-dict keys and shapes")
-    logits(model, clean)
+    return logits(model, clean).shape[1]
 
 
 def _accuracy(correct: Tensor, held_out: bool) -> Accuracy:

@@ -20,7 +20,6 @@ from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Selection, UnlearningRun
 from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View, diagnose
 
-MASKED_EARLIER = tuple(-step / 10 for step in range(9, 0, -1))
 THRESHOLDS = tuple(step / 20 for step in range(19))
 
 
@@ -105,7 +104,7 @@ class RNP(Unlearning, Defense):
         return super().batches(clean, generator, view)
 
     def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis | None, seed: int) -> Outcome:
-        whole = self._learn(model, clean, seed)
+        whole = self.learn(model, clean, seed)
         parts, runs = self._judge(model, clean, seed, whole)
         diagnosis = diagnosis or diagnose(runs)
         before = torch.cat([correct(model, part.clean) for part in parts])
@@ -113,13 +112,13 @@ class RNP(Unlearning, Defense):
         if diagnosis.verdict == "not_found":
             return Outcome(model, before, before, held_out, [], diagnosis)
 
-        thresholds, cuts = self._cuts(whole.scores)
+        cuts = self._cuts(whole.scores)
         right = sweep(model, parts, cuts)
-        chosen = budget(right, before, self.budget) if self.select == "budget" else self._given(thresholds)
+        chosen = budget(right, before, self.budget) if self.select == "budget" else self._given()
         kept = whole.scores.map(torch.ones_like) if chosen is None else cuts[chosen](whole.scores)
         pruned = kept.bake(model)
         after = before if chosen is None else right[chosen]
-        checks = [self._keeps_accuracy(before, right, chosen)]
+        checks = [self._keeps_accuracy(before, right, chosen), _prunes_masked(whole.scores, kept)]
         if chosen is not None:
             checks.append(self._loses_label(pruned, clean, diagnosis, seed))
         return Outcome(
@@ -133,8 +132,8 @@ class RNP(Unlearning, Defense):
                 rule=self._rule(),
                 chosen=chosen,
                 curve=[
-                    curve_point(threshold, cut(whole.scores).pruned, before, row)
-                    for threshold, cut, row in zip(thresholds, cuts, right, strict=True)
+                    curve_point(whole.scores, cut(whole.scores), before, row)
+                    for cut, row in zip(cuts, right, strict=True)
                 ],
             ),
             whole.scores,
@@ -142,29 +141,39 @@ class RNP(Unlearning, Defense):
         )
 
     def _judge(
-        self, model: nn.Module, clean: CleanSet, seed: int, whole: "_Learned"
+        self, model: nn.Module, clean: CleanSet, seed: int, whole: "Learned"
     ) -> tuple[list[HeldOut], list[UnlearningRun]]:
         """Scores with images to judge them on, and every unlearning run on the way there."""
         if self.variant == "released":
             return [HeldOut(whole.scores, clean)], [whole.run]
         folds = clean.folds(self.folds, seed)
         learned = [
-            self._learn(model, rest, seed + number, f"without part {number} of {len(folds)}")
+            self.learn(model, rest, seed + number, f"without part {number} of {len(folds)}")
             for number, (rest, _) in enumerate(folds, start=1)
         ]
         noisy = [self.unlearn(model, clean, seed + number, "noise", f"noise {number} of 2").run for number in (1, 2)]
         parts = [HeldOut(each.scores, held) for each, (_, held) in zip(learned, folds, strict=True)]
         return parts, [whole.run, *(each.run for each in learned), *noisy]
 
-    def _learn(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> "_Learned":
-        """Unlearn and recover: the scores of all units, and how the unlearning went."""
+    def learn(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> "Learned":
+        """Unlearn and recover once, without judging or pruning.
+
+        Args:
+            model: The network; it is not changed.
+            clean: The images to learn from.
+            seed: Decides order, augmentation and dropout.
+            detail: Which of several rounds this is, for progress.
+
+        Returns:
+            The scores of all neurons, and how the unlearning went.
+        """
         view = "crop-flip" if self.variant == "released" else "plain"
         unlearned, run = self.unlearn(model, clean, seed, view, detail)
         if not run.reached:
             ended = f"an accuracy of {run.trace[-1].accuracy:.2f}" if run.trace else "the first step"
             text = f"unlearning ended at {ended}, not at the floor of {self.floor:.2f}; the last state is used"
             warnings.warn(UnreliableWarning(text), stacklevel=2)
-        return _Learned(self._recover(unlearned, clean, seed, detail), run)
+        return Learned(self._recover(unlearned, clean, seed, detail), run)
 
     def _recover(self, unlearned: nn.Module, clean: CleanSet, seed: int, detail: str) -> Mask:
         generator = torch.Generator().manual_seed(seed)
@@ -200,17 +209,20 @@ class RNP(Unlearning, Defense):
         earliness = iter(total / steps - 1 for total in sums)
         return mask.map(lambda value: torch.where(value > 0, value, next(earliness)))
 
-    def _cuts(self, scores: Mask) -> tuple[list[float], list[Cut]]:
-        """Ways to prune, mildest first, each with the score that it prunes up to."""
+    def _cuts(self, scores: Mask) -> list[Cut]:
+        """Ways to prune, mildest first."""
+        if self.select == "threshold":
+            return [partial(Mask.threshold, threshold=each) for each in sorted({*THRESHOLDS, self.threshold})]
         if self.select == "count":
-            lowest = torch.cat([value.flatten() for value in scores.values.values()]).sort().values[: self.count]
-            return [float(lowest[-1]) if len(lowest) else -1.0], [partial(Mask.count, count=self.count)]
-        grid = {*THRESHOLDS, *(() if self.variant == "released" else MASKED_EARLIER)}
-        thresholds = sorted(grid | {self.threshold} if self.select == "threshold" else grid)
-        return thresholds, [partial(Mask.threshold, threshold=threshold) for threshold in thresholds]
+            return [partial(Mask.count, count=self.count)]
+        counts, step = {scores.threshold(each).pruned for each in THRESHOLDS} - {0}, 1
+        while step < scores.total:
+            counts.add(step)
+            step = max(step + 1, round(step * 1.2))
+        return [partial(Mask.count, count=each) for each in sorted(counts)]
 
-    def _given(self, thresholds: list[float]) -> int:
-        return thresholds.index(self.threshold) if self.select == "threshold" else 0
+    def _given(self) -> int:
+        return sorted({*THRESHOLDS, self.threshold}).index(self.threshold) if self.select == "threshold" else 0
 
     def _rule(self) -> str:
         if self.select == "threshold":
@@ -223,7 +235,7 @@ class RNP(Unlearning, Defense):
         )
 
     def _keeps_accuracy(self, before: Tensor, right: Tensor, chosen: int | None) -> Check:
-        drop = float(before.float().mean() - right[chosen or 0].float().mean())
+        drop = float(before.double().mean() - right[chosen or 0].double().mean())
         if chosen is None:
             text = f"even the mildest pruning costs {drop:.1%} of clean accuracy; accepted are {self.budget:.1%}"
         else:
@@ -250,6 +262,19 @@ class RNP(Unlearning, Defense):
         )
 
 
-class _Learned(NamedTuple):
+def _prunes_masked(scores: Mask, kept: Mask) -> Check:
+    """Recovery had to mask these neurons entirely; a budget that spares some leaves RNP half done."""
+    masked = scores.threshold(0)
+    pruned = masked.pruned - int(sum(((1 - masked.values[name]) * kept.values[name]).sum() for name in masked.values))
+    return Check(
+        name="prunes what recovery masked",
+        passed=pruned == masked.pruned,
+        detail=f"{pruned} of the {masked.pruned} neurons that recovery masked entirely are pruned",
+    )
+
+
+class Learned(NamedTuple):
+    """The score of every neuron, and the unlearning run that they come from."""
+
     scores: Mask
     run: UnlearningRun

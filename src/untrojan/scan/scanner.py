@@ -4,11 +4,10 @@ import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
-import torch
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.model import require
+from untrojan.model import require, seeded
 from untrojan.record import Diagnosis
 
 
@@ -33,9 +32,8 @@ class Scanner(ABC):
             ModelError: The model cannot be used.
             DataError: The images do not fit the model.
         """
-        require(model, clean)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
+            require(copy.deepcopy(model), clean)
             return self._scan(copy.deepcopy(model), clean, seed)
 
     @abstractmethod

@@ -69,7 +69,9 @@ class Unlearning:
         """
         enough = len(clean) > 3 * self.batch_size
         size = self.batch_size if enough else min(self.batch_size, max(SMALLEST_BATCH, math.ceil(len(clean) / 4)))
-        return clean.batches(size + (len(clean) % size == 1), generator, AUGMENTATIONS[view])
+        while len(clean) % size == 1 and size < len(clean):
+            size += 1
+        return clean.batches(size, generator, AUGMENTATIONS[view])
 
     def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
         """Maximize the loss on clean images until the accuracy is gone.
@@ -100,6 +102,7 @@ class Unlearning:
             name="unlearn",
             detail=detail,
             milestones=(10, 20),
+            buffers=list(unlearned.buffers()),
             stop=lambda epoch: epoch.accuracy <= self.floor,
         )
         trace = [

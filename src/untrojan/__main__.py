@@ -1,0 +1,5 @@
+"""`python -m untrojan`."""
+
+from untrojan.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""Make a victim: poison training images with an attack, and train a network on them."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.fit import fit
+from untrojan.lab.attack import Attack, Target, target_labels
+
+
+def poison(images: CleanSet, attack: Attack, target: Target, rate: float, seed: int) -> CleanSet:
+    """Put the trigger on some of the images and give these the label that the attacker wants (dirty-label).
+
+    Images that have this label already are never among them.
+
+    Args:
+        images: Clean training images with their true labels; not changed.
+        attack: Whose trigger to put on.
+        target: The target class, or "all-to-all".
+        rate: The poisoning rate: poisoned images as a fraction in [0, 1] of all images, rounded to whole ones.
+            Published attacks use 0.01 to 0.1.
+        seed: Decides which images are poisoned.
+
+    Returns:
+        All images in their old order, as uint8 if they were that: values are then rounded and saturate at 0 and 255.
+
+    Raises:
+        ConfigError: The rate is not in [0, 1], or the target is no class of the images.
+        DataError: Fewer images than that have another label, or the trigger does not fit the images.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> images = CleanSet(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4)
+        >>> poisoned = poison(images, BadNets(size=1), target=3, rate=0.25, seed=0)
+        >>> poisoned.counts
+        [1, 2, 1, 4]
+        >>> poisoned.images[:, 0, 3, 3].tolist()
+        [0, 0, 255, 0, 255, 0, 0, 0]
+    """
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"expected a poisoning rate between 0 and 1, got {rate}")
+    wanted = target_labels(images.labels, target, images.num_classes)
+    others = (wanted != images.labels).nonzero().flatten().numpy()
+    count = round(rate * len(images))
+    if count > len(others):
+        raise DataError(
+            f"a poisoning rate of {rate} needs {count} of {len(images)} images, but only {len(others)} of them "
+            f"have another label than target {target}; lower the rate"
+        )
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(others)[:count])
+    pixels, labels = images.images.clone(), images.labels.clone()
+    pixels[chosen] = _triggered(attack, pixels[chosen])
+    labels[chosen] = wanted[chosen]
+    return CleanSet(pixels, labels, images.class_names)
+
+
+def train(
+    net: nn.Module,
+    images: CleanSet,
+    epochs: int,
+    seed: int,
+    lr: float = 0.1,
+    batch_size: int = 64,
+    weight_decay: float = 5e-4,
+) -> nn.Module:
+    """Train a copy of a network by SGD with momentum 0.9 on the cross-entropy.
+
+    The learning rate falls to a tenth after half and again after three quarters of the epochs.
+
+    Args:
+        net: From images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; not changed.
+        images: Training images, poisoned or clean, with labels below K.
+        epochs: Passes over the images, at least 1.
+        seed: Decides order and dropout; the caller's random state is left alone. The initial weights are those of
+            `net`.
+        lr: Learning rate to begin with, above 0; 0.01 to 0.1 for networks with BatchNorm.
+        batch_size: Images per step, at least 1; now and then one or two more, so that no step gets a single image,
+            which BatchNorm could not take.
+        weight_decay: At least 0; 5e-4 is usual, a small network on few images takes up to 1e-2.
+
+    Returns:
+        The trained network, in evaluation mode.
+
+    Raises:
+        ModelError: The loss became NaN or infinite.
+
+    Example:
+        >>> images = CleanSet(torch.eye(2).view(2, 1, 1, 2).repeat(8, 1, 1, 1), torch.arange(2).repeat(8))
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+        >>> trained = train(net, images, epochs=20, seed=0, batch_size=4)
+        >>> bool((trained(images.floats()).argmax(1) == images.labels).all())
+        True
+    """
+    trained = copy.deepcopy(net).train()
+    generator = torch.Generator().manual_seed(seed)
+
+    def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = trained(batch)
+        return functional.cross_entropy(out, labels), out
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        done = fit(
+            list(trained.parameters()),
+            step,
+            lambda: _batches(images, batch_size, generator),
+            partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
+            epochs,
+            name="train",
+            milestones=(epochs // 2, epochs * 3 // 4),
+        )
+    if done.diverged_at is not None:
+        raise ModelError(f"training left the numbers at step {done.diverged_at}; lower lr, now {lr}")
+    return trained.eval()
+
+
+def _triggered(attack: Attack, pixels: Tensor) -> Tensor:
+    if pixels.dtype != torch.uint8:
+        return attack.trigger(pixels)
+    return attack.trigger(pixels.float() / 255).mul(255).round().to(torch.uint8)
+
+
+def _batches(images: CleanSet, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    count = len(images)
+    return images.batches(next((each for each in range(size, count + 1) if count % each != 1), size), generator)

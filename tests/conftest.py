@@ -1,0 +1,23 @@
+"""Fixtures that several test files share; torch is seeded one folder up."""
+
+import random
+
+import numpy as np
+import pytest
+from tiny import NETS, build, make_clean
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+
+
+@pytest.fixture(params=NETS)
+def net(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def clean():
+    return make_clean()

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from untrojan.fit import fit
+
+START = torch.linspace(-0.1, 0.1, 12).view(3, 4).sin() * 0.5
+
+
+def problem(batches=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(5, 3, generator=generator), torch.randint(4, (5,), generator=generator)) for _ in range(batches)
+    ]
+
+
+def run(*, lr=0.1, factor=1.0, epochs=3, data=None, optimizer=None, clip=None, **options):
+    data = problem() if data is None else data
+    weight = START.clone()
+
+    def step(images, labels):
+        logits = images @ weight
+        return factor * functional.cross_entropy(logits, labels), logits
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+    if clip is not None:
+        options["project"] = lambda: clip.append(weight.clamp_(-0.15, 0.05).clone())
+    done = fit([weight], step, lambda: data, optimizer or sgd, epochs, name="fit", **options)
+    return weight.detach(), done
+
+
+@pytest.mark.parametrize("milestones", [(), (1, 2)])
+def test_the_loop_written_out(milestones):
+    weight, done = run(milestones=milestones)
+    slow, speed, lr, epochs = START, torch.zeros(3, 4), 0.1, []
+    for epoch in range(3):
+        lr = lr / 10 if epoch in milestones else lr
+        losses, right, votes = 0.0, 0, torch.zeros(4)
+        for images, labels in problem():
+            logits = images @ slow
+            losses += functional.cross_entropy(logits, labels).item()
+            right += int((logits.argmax(1) == labels).sum())
+            votes += torch.bincount(logits.argmax(1), minlength=4)
+            gradient = images.T @ (logits.softmax(1) - functional.one_hot(labels, 4)) / len(labels)
+            speed = 0.9 * speed + gradient
+            slow = slow - lr * speed
+        epochs.append((losses / 3, right / 15, (votes / 15).tolist()))
+    assert torch.allclose(weight, slow, atol=1e-6)
+    for epoch, (loss, accuracy, shares) in zip(done.epochs, epochs, strict=True):
+        assert epoch.loss == pytest.approx(loss, abs=1e-6)
+        assert (epoch.accuracy, epoch.shares.tolist()) == (pytest.approx(accuracy), pytest.approx(shares))
+    assert (done.stopped, done.diverged_at) == (False, None)
+
+
+def test_measures_weigh_batches_by_their_images():
+    images, labels = problem(1)[0]
+    _, whole = run(lr=1e-12, epochs=1, data=[(images, labels)])
+    _, parts = run(lr=1e-12, epochs=1, data=[(images[:1], labels[:1]), (images[1:], labels[1:])])
+    assert parts.epochs[0].loss == pytest.approx(whole.epochs[0].loss)
+    assert parts.epochs[0].accuracy == whole.epochs[0].accuracy
+    assert torch.equal(parts.epochs[0].shares, whole.epochs[0].shares)
+
+
+def test_a_loss_factor_is_a_learning_rate():
+    """RNP's loss factor 0.2 at learning rate 0.2 is learning rate 0.04."""
+    one, _ = run(lr=0.04, epochs=20)
+    other, _ = run(lr=0.2, factor=0.2, epochs=20)
+    assert one.abs().max() > 0.1
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_stop():
+    seen = []
+    _, done = run(epochs=9, stop=lambda epoch: seen.append(epoch) or len(seen) == 2)
+    assert done.stopped
+    assert done.epochs == seen
+    assert len(seen) == 2
+
+
+def test_project_after_every_step():
+    clipped = []
+    weight, _ = run(lr=10.0, epochs=2, clip=clipped)
+    assert len(clipped) == 6
+    assert (weight.min(), weight.max()) == (pytest.approx(-0.15), pytest.approx(0.05))
+    assert torch.equal(weight, clipped[-1])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 5])
+def test_divergence_goes_back_to_where_the_epoch_began(at):
+    data = problem()
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    states, steps = [], []
+
+    def batches():
+        states.append({name: value.clone() for name, value in net.state_dict().items()})
+        return data
+
+    def step(images, labels):
+        logits = net(images)
+        steps.append(logits)
+        return functional.cross_entropy(logits, labels) * (float("nan") if len(steps) == at + 1 else 1), logits
+
+    done = fit(
+        list(net.parameters()),
+        step,
+        batches,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        5,
+        name="fit",
+        buffers=list(net.buffers()),
+    )
+    assert (done.diverged_at, len(done.epochs), done.stopped) == (at, at // 3, False)
+    assert all(torch.equal(value, states[-1][name]) for name, value in net.state_dict().items())
+
+
+def test_a_last_step_that_leaves_the_numbers_is_seen():
+    images, labels = problem(1)[0]
+    weight, done = run(lr=3e38, epochs=1, data=[(1e30 * images, labels)])
+    assert (done.diverged_at, done.epochs) == (1, [])
+    assert torch.equal(weight, START)
+
+
+def test_only_the_parameters_get_gradients():
+    net = nn.Linear(3, 4)
+    scale = torch.ones(4)
+    unused = torch.ones(2)
+
+    def step(images, labels):
+        logits = net(images) * scale
+        return functional.cross_entropy(logits, labels), logits
+
+    fit([scale, unused], step, problem, lambda parameters: torch.optim.SGD(parameters, lr=0.1), 2, name="fit")
+    assert not torch.equal(scale, torch.ones(4))
+    assert torch.equal(unused, torch.ones(2))
+    assert [value.grad for value in net.parameters()] == [None, None]
+
+
+def test_an_error_in_a_step_comes_out():
+    with pytest.raises(ZeroDivisionError):
+        run(optimizer=lambda parameters: 1 / 0)

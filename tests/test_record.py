@@ -1,0 +1,169 @@
+import errno
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from untrojan.errors import RecordError
+from untrojan.record import (
+    SCHEMA_VERSION,
+    Accuracy,
+    CleanInfo,
+    MethodInfo,
+    ModelInfo,
+    Rate,
+    Record,
+    environment,
+    peak_memory,
+    sha256,
+    write_atomic,
+)
+
+MODEL = ModelInfo(state_sha256="a" * 64, architecture="Net", parameters=10, classes=2)
+ACCURACY = Accuracy(accuracy=Rate.of(1, 2))
+RECORD = Record(
+    status="failed",
+    reason="nothing was tried",
+    method=MethodInfo(name="rnp", fields={"budget": 0.02, "select": "budget"}),
+    seed=0,
+    model=MODEL,
+    clean=CleanInfo(sha256="b" * 64, images=2, shape=(1, 2, 2), per_class=[1, 1]),
+    diagnosis=None,
+    selection=None,
+    before=ACCURACY,
+    after=ACCURACY,
+    checks=[],
+    units_changed=0,
+    units_total=0,
+    layers=[],
+    repaired=MODEL,
+    seconds={"unlearn": 0.1 + 0.2},
+    peak_memory_bytes=1,
+    environment={},
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (1, 10, 0.0179, 0.4042),
+        (9, 10, 0.5958, 0.9821),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_rates_of_newcombe_and_others(count, total, low, high):
+    rate = Rate.of(count, total)
+    assert rate.value == count / total
+    assert (rate.low, rate.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+@given(st.integers(1, 10**7).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_the_interval_holds_the_rate(counts):
+    rate = Rate.of(*counts)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+    assert rate.low < rate.high
+    mirrored = Rate.of(counts[1] - counts[0], counts[1])
+    assert mirrored.low == pytest.approx(1 - rate.high, abs=1e-12)
+
+
+def test_sure_rates_end_at_the_end():
+    assert Rate.of(10, 10).high == 1
+    assert Rate.of(0, 10).low == 0
+
+
+def test_rate_of_nothing():
+    assert Rate.of(0, 0) == Rate(count=0, total=0, value=None, low=None, high=None)
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(RECORD.to_json())
+    assert Record.load(path) == Record.load(str(path)) == RECORD
+    assert RECORD.to_json().endswith("}\n")
+    assert json.loads(RECORD.to_json())["seconds"]["unlearn"] == 0.1 + 0.2
+
+
+def changed(**fields):
+    return json.dumps(json.loads(RECORD.to_json()) | fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is not a record of schema 1: the file: Invalid JSON"),
+        ("no json", "is not a record of schema 1: the file: Invalid JSON"),
+        ("[]", "is not a record of schema 1: the file: Input should be an object"),
+        ("{}", "is not a record of schema 1: status: Field required"),
+        (changed(color="red"), "is not a record of schema 1: color: Extra inputs are not permitted"),
+        (changed(status="fine"), "is not a record of schema 1: status: Input should be 'repaired'"),
+        (changed(schema_version="two"), "is not a record of schema 1: schema_version: Input should be a valid integer"),
+        (changed(before={"accuracy": {}}), r"before\.accuracy\.count: Field required"),
+        (
+            changed(schema_version=SCHEMA_VERSION + 1),
+            "was written by a newer untrojan: expected schema 1 or older, got 2; update untrojan to read it",
+        ),
+        (changed(schema_version=99, color="red"), "by a newer untrojan: expected schema 1 or older, got 99"),
+        ("\xff", "is not a record of schema 1: the file: Invalid JSON"),
+    ],
+)
+def test_files_that_are_no_record(tmp_path, text, problem):
+    path = tmp_path / "record.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecordError, match=problem) as caught:
+        Record.load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecordError, match=r"cannot read record .*none\.json: No such file"):
+        Record.load(tmp_path / "none.json")
+    with pytest.raises(RecordError, match=r"cannot read record .*: Is a directory"):
+        Record.load(tmp_path)
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "file"
+    for data in (b"one", b"", b"three"):
+        write_atomic(path, data)
+        assert path.read_bytes() == data
+        assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_write_atomic_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there, moment, error):
+    path = tmp_path / "file"
+    if there:
+        path.write_bytes(b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail) if moment == "fsync" else monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(type(error)):
+        write_atomic(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == ([("file", b"old")] if there else [])
+
+
+def test_write_atomic_onto_a_folder(tmp_path):
+    with pytest.raises(OSError, match="file"):
+        write_atomic(tmp_path.joinpath("file", "deeper"), b"new")
+    tmp_path.joinpath("file").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomic(tmp_path / "file", b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_surroundings():
+    assert set(environment()) == {"untrojan", "python", "torch", "platform", "threads"}
+    assert all(environment().values())
+    assert peak_memory() > 10**7
+    assert sha256(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

@@ -1,0 +1,206 @@
+import copy
+
+import pytest
+import torch
+from tiny import CLASSES, NETS, Counts, RaisesAt, Snapshot, backdoored, build, make_clean, train
+from torch import nn
+
+from untrojan.errors import DataError, ModelError
+from untrojan.record import Diagnosis, UnlearningPoint, UnlearningRun
+from untrojan.registry import describe, discover, make
+from untrojan.scan.scanner import Scanner
+from untrojan.scan.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
+
+SCANNERS = discover("untrojan.scan", Scanner)
+QUICK = {"unlearning": {"unlearn_epochs": 2, "runs": 2}}
+
+scanners = pytest.mark.parametrize("scanner", [make(cls, QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
+
+
+@pytest.mark.parametrize("target", [3, 7])
+def test_the_target_of_a_backdoor_is_named(target):
+    net, clean = backdoored(target)
+    diagnosis = UnlearningScanner().scan(net, clean)
+    assert diagnosis.verdict == "found"
+    assert diagnosis.targets[0].label == target
+    assert diagnosis.targets[0].score >= 0.5
+    assert {each.label for each in diagnosis.targets} == set(range(10))
+    assert sum(each.score for each in diagnosis.targets) == pytest.approx(1, abs=1e-5)
+    assert [run.view for run in diagnosis.runs] == ["plain", "noise"] * 2
+    assert [run.seed for run in diagnosis.runs] == [0, 1, 2, 3]
+    assert all(run.reached and run.trace[-1].accuracy <= 0.2 for run in diagnosis.runs)
+
+
+@scanners
+def test_model_and_random_state_stay(net, clean, scanner):
+    next(net.children()).train()
+    before = Snapshot(net)
+    diagnosis = scanner.scan(net, clean, seed=4)
+    before.assert_same()
+    assert scanner.scan(net, clean, seed=4) == diagnosis
+    before.assert_same()
+    assert Diagnosis.model_validate_json(diagnosis.model_dump_json()) == diagnosis
+
+
+@scanners
+def test_the_seed_decides(scanner):
+    net, clean = train(build("dropout"), make_clean(64), epochs=3), make_clean(64)
+    assert scanner.scan(net, clean, seed=0) != scanner.scan(net, clean, seed=1)
+
+
+@scanners
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_model_and_random_state_stay_when_a_layer_raises(clean, scanner, at):
+    net = build("batchnorm")
+    net[2].register_forward_hook(RaisesAt(at))
+    before = Snapshot(net)
+    with pytest.raises((ArithmeticError, ModelError), match="on purpose"):
+        scanner.scan(net, clean)
+    before.assert_same()
+
+
+@scanners
+def test_a_network_that_changes_itself_is_not_called(clean, scanner):
+    net = Counts()
+    before = Snapshot(net)
+    scanner.scan(net, clean)
+    before.assert_same()
+
+
+@scanners
+def test_what_cannot_be_scanned(scanner):
+    with pytest.raises(ModelError, match="cannot take images of 1x8x8"):
+        scanner.scan(build("plain"), make_clean(shape=(1, 8, 8)))
+    with pytest.raises(DataError, match="no image of class 3"):
+        scanner.scan(build("plain"), make_clean(classes=3))
+
+
+@scanners
+def test_round_trip(scanner):
+    assert make(type(scanner), describe(scanner)) == scanner
+
+
+# Unlearning
+
+
+def test_the_loop_written_out():
+    """Ascent on the cross-entropy by SGD with momentum and weight decay, in training mode, stop at the floor."""
+    clean = make_clean(40)
+    net = train(build("batchnorm"), clean, epochs=8)
+    how = Unlearning(unlearn_lr=0.02, batch_size=40, unlearn_epochs=15)
+    model, run = how.unlearn(net, clean, seed=3, view="plain")
+
+    slow = copy.deepcopy(net).train()
+    optimizer = torch.optim.SGD(slow.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, maximize=False)
+    generator = torch.Generator().manual_seed(3)
+    accuracies = []
+    for epoch in range(15):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 if epoch < 10 else 0.002
+        right = 0
+        for images, labels in how.batches(clean, generator, "plain"):
+            out = slow(images)
+            right += int((out.argmax(1) == labels).sum())
+            optimizer.zero_grad()
+            (-nn.functional.cross_entropy(out, labels)).backward()
+            optimizer.step()
+        accuracies.append(right / 40)
+        if accuracies[-1] <= 0.2:
+            break
+    assert 1 < len(accuracies) < 15
+    assert run.reached
+    assert [point.accuracy for point in run.trace] == accuracies
+    assert [point.epoch for point in run.trace] == list(range(1, len(accuracies) + 1))
+    assert run.share == max(run.trace[-1].shares) == run.trace[-1].shares[run.label]
+    assert not model.training
+    for name, value in slow.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-5)
+
+
+def test_frozen_parameters_are_unlearned_too():
+    net = build("frozen")
+    model, _ = Unlearning(unlearn_epochs=1).unlearn(net, make_clean(), seed=0, view="plain")
+    assert not net[0].weight.requires_grad
+    assert all(
+        not torch.equal(after, before) for after, before in zip(model.parameters(), net.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_divergence_leaves_finite_numbers(name, clean):
+    net = build(name)
+    model, run = Unlearning(unlearn_lr=1e30).unlearn(net, clean, seed=0, view="plain")
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert len(run.trace) < 21
+    assert run.reached == bool(run.trace and run.trace[-1].accuracy <= 0.2)
+
+
+def test_divergence_at_once_says_nothing(clean):
+    diagnosis = UnlearningScanner(unlearn_lr=1e30, runs=2).scan(build("plain"), clean)
+    assert (diagnosis.verdict, diagnosis.targets) == ("inconclusive", [])
+    assert [(run.reached, run.share, run.trace) for run in diagnosis.runs] == [(False, 0.0, [])] * 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8, 32, 128])
+def test_no_batch_holds_a_single_image(batch_size):
+    how = Unlearning(batch_size=batch_size)
+    for count in range(2, 150):
+        clean = make_clean(count, shape=(1, 1, 1))
+        sizes = [len(labels) for _, labels in how.batches(clean, torch.Generator().manual_seed(0), "plain")]
+        assert sum(sizes) == count
+        assert min(sizes) > 1
+        assert max(sizes) <= batch_size + 2 or batch_size < 8
+
+
+@pytest.mark.parametrize("view", ["plain", "noise", "crop-flip"])
+def test_views_stay_images(view):
+    clean = make_clean(40)
+    seen = torch.cat([images for images, _ in Unlearning().batches(clean, torch.Generator().manual_seed(0), view)])
+    assert seen.shape == clean.images.shape
+    assert 0 <= seen.min() <= seen.max() <= 1
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(seen, clean.floats()[order]) == (view == "plain")
+
+
+# The verdict
+
+
+def a_run(shares, reached=True, view="plain"):
+    trace = [UnlearningPoint(epoch=1, accuracy=0.1, shares=shares)] if shares else []
+    label, share = (shares.index(max(shares)), max(shares)) if shares else (0, 0.0)
+    return UnlearningRun(seed=0, view=view, images=9, reached=reached, label=label, share=share, trace=trace)
+
+
+A, B, EVEN = [0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.4, 0.4, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict", "ranked"),
+    [
+        ([a_run(A), a_run(A, view="noise")], "found", [(0, 0.9), (1, 0.1), (2, 0.0)]),
+        ([a_run(A), a_run(B, view="noise")], "found", [(0, 0.55), (1, 0.45), (2, 0.0)]),
+        ([a_run(EVEN), a_run(EVEN)], "inconclusive", [(0, 0.4), (1, 0.4), (2, 0.2)]),
+        ([a_run(A), a_run(A, reached=False)], "inconclusive", [(0, 0.9), (1, 0.1), (2, 0.0)]),
+        ([a_run(A, False), a_run(A, False, "noise")], "inconclusive", [(0, 0.9), (1, 0.1), (2, 0.0)]),
+        ([a_run(A, False), a_run(B, False, "noise")], "not_found", [(0, 0.55), (1, 0.45), (2, 0.0)]),
+        ([a_run(A, False), a_run(B, True, "noise")], "not_found", [(0, 0.55), (1, 0.45), (2, 0.0)]),
+        ([a_run(A, True), a_run(B, False, "noise")], "inconclusive", [(0, 0.55), (1, 0.45), (2, 0.0)]),
+        ([a_run(A, False)], "inconclusive", [(0, 0.9), (1, 0.1), (2, 0.0)]),
+        ([a_run(A), a_run([], False)], "inconclusive", [(0, 0.9), (1, 0.1), (2, 0.0)]),
+        ([a_run([], False), a_run([], False, "noise")], "inconclusive", []),
+        ([a_run(A), a_run(A), a_run(A), a_run(B, view="noise")], "found", [(0, 0.55), (1, 0.45), (2, 0.0)]),
+        ([], "inconclusive", []),
+    ],
+)
+def test_diagnose(runs, verdict, ranked):
+    diagnosis = diagnose(runs)
+    assert diagnosis.verdict == verdict
+    assert [target.label for target in diagnosis.targets] == [label for label, _ in ranked]
+    assert [target.score for target in diagnosis.targets] == pytest.approx([score for _, score in ranked])
+    assert diagnosis.runs == runs
+    assert diagnosis.rule == RULE
+
+
+def test_classes_are_those_of_the_net(clean):
+    diagnosis = UnlearningScanner(runs=1, unlearn_epochs=1).scan(build("plain"), clean)
+    assert sorted(target.label for target in diagnosis.targets) == list(range(CLASSES))

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.lab.attacks.additive import Additive
+from untrojan.lab.attacks.badnets import BadNets
+from untrojan.lab.evaluate import evaluate
+from untrojan.lab.victim import poison, train
+from untrojan.sources.nets import build
+
+PATCH = BadNets(size=2)
+
+
+def gray(count=40, classes=4, dtype=torch.uint8):
+    """Random images 1x6x6 with white pixels left out, so that a white patch always shows."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (count, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    pixels = pixels if dtype == torch.uint8 else torch.rand(count, 1, 6, 6, generator=generator) * 0.9
+    return CleanSet(pixels, torch.arange(count) % classes, class_names=tuple("abcd"[:classes]))
+
+
+def two_kinds(count=64):
+    """Dark and bright images: what a linear layer can tell apart."""
+    labels = torch.arange(count) % 2
+    noise = torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.3
+    return CleanSet(noise + 0.5 * labels[:, None, None, None], labels)
+
+
+def linear():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+
+
+def changed(before, after):
+    return (before.images != after.images).flatten(1).any(1)
+
+
+class TestPoison:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    @pytest.mark.parametrize("target", [0, 3, "all-to-all"])
+    @pytest.mark.parametrize("rate", [0, 0.1, 0.33, 0.75])
+    def test_every_image_is_either_untouched_or_triggered_and_relabeled(self, dtype, target, rate):
+        clean = gray(dtype=dtype)
+        poisoned = poison(clean, PATCH, target, rate, seed=0)
+        hit = changed(clean, poisoned)
+        assert int(hit.sum()) == round(rate * len(clean))
+        assert torch.equal(poisoned.labels[~hit], clean.labels[~hit])
+        for at in hit.nonzero().flatten().tolist():
+            wanted = (int(clean.labels[at]) + 1) % 4 if target == "all-to-all" else target
+            assert int(clean.labels[at]) != wanted
+            assert int(poisoned.labels[at]) == wanted
+            assert torch.equal(poisoned.floats()[at], PATCH.trigger(clean.floats()[at : at + 1])[0])
+
+    def test_type_names_and_the_images_given_stay_as_they_are(self):
+        for dtype in (torch.uint8, torch.float32):
+            clean = gray(dtype=dtype)
+            sha256 = clean.sha256
+            poisoned = poison(clean, PATCH, 1, 0.5, seed=0)
+            assert clean.sha256 == sha256
+            assert poisoned.images.dtype == dtype
+            assert poisoned.class_names == clean.class_names
+
+    def test_the_seed_chooses(self):
+        clean = gray()
+        same = [poison(clean, PATCH, 1, 0.2, seed=5).sha256 for _ in range(2)]
+        assert same[0] == same[1]
+        assert len({poison(clean, PATCH, 1, 0.2, seed).sha256 for seed in range(5)}) == 5
+
+    def test_the_random_state_is_left_alone(self):
+        state = torch.get_rng_state()
+        poison(gray(), PATCH, 1, 0.2, seed=5)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_every_image_outside_the_target_class_can_be_poisoned_and_no_more(self):
+        clean = gray()
+        hit = changed(clean, poison(clean, PATCH, 2, 0.75, seed=0))
+        assert torch.equal(hit, clean.labels != 2)
+        with pytest.raises(DataError, match=r"needs 31 of 40 images, but only 30"):
+            poison(clean, PATCH, 2, 31 / 40, seed=0)
+
+    def test_eight_bit_sums_saturate_and_round(self, tmp_path):
+        Image.new("L", (6, 6), 100).save(tmp_path / "pattern.png")
+        clean = gray()
+        poisoned = poison(clean, Additive(image=tmp_path / "pattern.png"), 0, 0.75, seed=0)
+        hit = clean.labels != 0
+        wanted = (clean.images[hit].int() + 100).clamp(max=255)
+        assert torch.equal(poisoned.images[hit].int(), wanted)
+
+        half = poison(clean, BadNets(size=1, value=0.5), 0, 0.75, seed=0)
+        assert set(half.images[hit][:, 0, 5, 5].tolist()) == {128}
+
+    @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+    def test_a_rate_outside_of_0_to_1_is_refused(self, rate):
+        with pytest.raises(ConfigError, match="poisoning rate between 0 and 1"):
+            poison(gray(), PATCH, 1, rate, seed=0)
+
+    def test_a_target_that_is_no_class_is_refused(self):
+        with pytest.raises(ConfigError, match="0 to 3"):
+            poison(gray(), PATCH, 4, 0.1, seed=0)
+
+
+class TestTrain:
+    def test_it_learns_and_gives_a_net_ready_to_use(self):
+        images = two_kinds()
+        trained = train(linear(), images, epochs=20, seed=0, batch_size=8)
+        assert evaluate(trained, images).acc.value == 1
+        assert not any(module.training for module in trained.modules())
+
+    def test_the_net_given_and_the_random_state_are_left_alone(self):
+        net = linear().eval()
+        net[1].bias.requires_grad_(False)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        state = torch.get_rng_state()
+        train(net, two_kinds(), epochs=2, seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        assert [parameter.requires_grad for parameter in net.parameters()] == [True, False]
+        assert not net.training
+
+    def test_same_seed_same_net_also_with_dropout(self):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 2))
+        first, second, other = (train(net, two_kinds(), epochs=2, seed=seed)[2].weight for seed in (3, 3, 4))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+
+    @pytest.mark.parametrize(("count", "size"), [(9, 4), (21, 4), (13, 3), (7, 2), (3, 2), (2, 64), (65, 64)])
+    def test_batch_norm_never_gets_a_single_image(self, count, size):
+        net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 2))
+        train(net, two_kinds(count), epochs=2, seed=0, batch_size=size)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_divergence_is_an_error_that_says_what_to_do(self):
+        with pytest.raises(ModelError, match="lower lr"):
+            train(linear(), two_kinds(), epochs=50, seed=0, lr=1e30)
+
+    def test_a_poisoned_net_is_backdoored_and_a_clean_one_is_not(self):
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        digits = CleanSet(torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8), torch.from_numpy(labels))
+        training, test = digits.split(0.3, seed=0)
+        torch.manual_seed(0)
+        net = build("digits-cnn")
+        for rate, low, high in ((0.1, 0.95, 1), (0, 0, 0.05)):
+            scores = evaluate(train(net, poison(training, PATCH, 7, rate, 0), 8, seed=0), test, PATCH, 7)
+            assert scores.acc.value >= 0.95
+            assert low <= scores.asr.value <= high
