@@ -67,9 +67,7 @@ class TestContract:
     def test_each_image_is_triggered_by_itself(self, attacks):
         before = images(3, 8, 6)
         for attack in attacks:
-            assert torch.equal(
-                attack.trigger(before), torch.cat([attack.trigger(one[None]) for one in before])
-            )
+            assert torch.equal(attack.trigger(before), torch.cat([attack.trigger(one[None]) for one in before]))
 
     def test_the_type_of_the_images_is_kept(self, attacks):
         for attack in attacks:
@@ -155,9 +153,7 @@ class TestBadNets:
     def test_the_square_of_ibau(self):
         before = images()
         after = BadNets(size=4, row=27, col=27).trigger(before)
-        expected = looped(
-            before, lambda x, c, i, j: 1.0 if i in (27, 28, 29, 30) and j in (27, 28, 29, 30) else x
-        )
+        expected = looped(before, lambda x, c, i, j: 1.0 if i in (27, 28, 29, 30) and j in (27, 28, 29, 30) else x)
         assert torch.equal(after, expected)
 
     def test_the_grid_of_rnp_and_abl(self):

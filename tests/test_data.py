@@ -450,9 +450,7 @@ class TestParquet:
 
     def test_columns_by_feature(self, tmp_path):
         features = {"photo": {"_type": "Image"}, "animal": class_label(), "odd": [{"_type": "Value"}]}
-        path = write_parquet(
-            tmp_path / "a.parquet", *self.cells(), columns=("photo", "animal"), features=features
-        )
+        path = write_parquet(tmp_path / "a.parquet", *self.cells(), columns=("photo", "animal"), features=features)
         assert CleanSet.load(path).class_names == tuple(NAMES)
 
     def test_names_the_columns_when_none_fits(self, tmp_path):
@@ -471,8 +469,7 @@ class TestParquet:
         wanted = {image.numpy().tobytes() for image in clean.images}
         images = made(6)[0]
         kept = [
-            cell if image.numpy().tobytes() in wanted else b"broken"
-            for cell, image in zip(cells, images, strict=True)
+            cell if image.numpy().tobytes() in wanted else b"broken" for cell, image in zip(cells, images, strict=True)
         ]
         path = write_parquet(tmp_path / "b.parquet", kept, labels, group=2)
         assert CleanSet.load(path, samples=3, seed=1).sha256 == clean.sha256
@@ -582,9 +579,7 @@ class TestImages:
     )
     def test_refuses_modes(self, tmp_path, mode, kind, options):
         folder = self.folder(tmp_path, (Image.new(mode, (4, 4)), kind, options))
-        with pytest.raises(
-            DataError, match=rf"only/0\.\w+: expected an RGB or grayscale .* mode {mode}; convert"
-        ):
+        with pytest.raises(DataError, match=rf"only/0\.\w+: expected an RGB or grayscale .* mode {mode}; convert"):
             CleanSet.load(folder)
 
     @pytest.mark.parametrize(
@@ -714,9 +709,7 @@ class TestSavedAndHub:
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        with pytest.raises(
-            DataError, match=r"no such file or folder: cifar10; and .* could not be reached"
-        ) as caught:
+        with pytest.raises(DataError, match=r"no such file or folder: cifar10; and .* could not be reached") as caught:
             CleanSet.load("cifar10")
         assert "\n" not in str(caught.value)
 
@@ -785,9 +778,7 @@ class TestOf:
         assert clean.sha256 == CleanSet.of((images, labels), samples=6, seed=2).sha256
         assert len(items.read) == 6
 
-    @pytest.mark.parametrize(
-        "targets", [["a"] * 12, [0, 1], [[0]] * 12, None, 3, "zeros-ones-2", torch.tensor(0)]
-    )
+    @pytest.mark.parametrize("targets", [["a"] * 12, [0, 1], [[0]] * 12, None, 3, "zeros-ones-2", torch.tensor(0)])
     def test_useless_targets(self, targets):
         images, labels = made()
         items = Items(images, labels, targets=targets)
@@ -848,9 +839,7 @@ class TestOf:
             CleanSet.of(Items(images, [0] * 257))
 
 
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="needs the shared data sets beside the repository"
-)
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data sets beside the repository")
 
 
 @needs_shared

@@ -310,8 +310,7 @@ def test_wilson_interval_against_newcombe_1998_table_1(count, total, low, high):
         (
             "ibau-cifar10-l0_inv-t0.pth",
             "small-vgg",
-            f"masked:image={SHARED}/checkpoints/triggers/l0_inv.png"
-            f",mask={SHARED}/checkpoints/triggers/l0_inv_mask.npy",
+            f"masked:image={SHARED}/checkpoints/triggers/l0_inv.png,mask={SHARED}/checkpoints/triggers/l0_inv_mask.npy",
             0,
             0.837,
             1.0,

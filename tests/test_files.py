@@ -69,9 +69,7 @@ def state():
 # Reading
 
 
-@pytest.mark.parametrize(
-    "wrap", [(), ("state_dict",), ("net",), ("model",), ("model_state_dict",), ("model", "net")]
-)
+@pytest.mark.parametrize("wrap", [(), ("state_dict",), ("net",), ("model",), ("model_state_dict",), ("model", "net")])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_state_dict_is_found_under_its_wrappers(tmp_path, state, wrap, zipped):
     content = state
@@ -88,9 +86,7 @@ def test_optimizer_state_beside_the_weights_is_ignored(tmp_path, state):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     net.fc(torch.zeros(1, 2)).sum().backward()
     optimizer.step()
-    file = saved(
-        tmp_path / "a.tar", {"state_dict": state, "optimizer": optimizer.state_dict(), "model": "resnet"}
-    )
+    file = saved(tmp_path / "a.tar", {"state_dict": state, "optimizer": optimizer.state_dict(), "model": "resnet"})
     assert same(Checkpoint.read(file).tensors, state)
 
 
@@ -630,9 +626,7 @@ def test_load_builds_reads_and_normalizes_under_the_same_keys(tmp_path):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     save_state(tmp_path / "a.safetensors", plain.state_dict())
-    net = load(
-        tmp_path / "a.safetensors", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), mean=(0.5,), std=(0.25,)
-    )
+    net = load(tmp_path / "a.safetensors", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), mean=(0.5,), std=(0.25,))
     images = torch.rand(3, 1, 2, 2)
     assert net.state_dict().keys() == plain.state_dict().keys()
     assert torch.allclose(net(images), plain((images - 0.5) / 0.25))

@@ -185,9 +185,7 @@ def test_annotations_of_a_callable_are_held_to(mine, text):
 
 
 def test_callable_that_fails_is_one_line(mine):
-    with pytest.raises(
-        ConfigError, match=r"my_own_net:fails could not be built: RuntimeError: first second$"
-    ):
+    with pytest.raises(ConfigError, match=r"my_own_net:fails could not be built: RuntimeError: first second$"):
         build(f"{mine}:fails")
 
 

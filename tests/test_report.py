@@ -42,9 +42,7 @@ def unlearning_run(seed: int, target: int, classes: int) -> UnlearningRun:
         rest[target] = 0.0
         shares = [(1 - top) * share / sum(rest) for share in rest]
         shares[target] = top
-        trace.append(
-            UnlearningPoint(epoch=epoch, accuracy=0.93 - 0.19 * (epoch - 1) + 0.02 * seed, shares=shares)
-        )
+        trace.append(UnlearningPoint(epoch=epoch, accuracy=0.93 - 0.19 * (epoch - 1) + 0.02 * seed, shares=shares))
     return UnlearningRun(
         seed=seed,
         view="noise" if seed % 2 else "plain",
@@ -64,8 +62,7 @@ def diagnosis(verdict: Verdict, runs: list[UnlearningRun]) -> Diagnosis:
         verdict=verdict,
         rule="found: every run came down to the floor and one class holds 50% of the predictions or more",
         targets=[
-            Target(label=label, score=scores[label])
-            for label in sorted(scores, key=scores.__getitem__, reverse=True)
+            Target(label=label, score=scores[label]) for label in sorted(scores, key=scores.__getitem__, reverse=True)
         ],
         runs=runs,
     )
@@ -96,9 +93,7 @@ def layers(names: list[str], widths: list[int]) -> list[Layer]:
         values = [1.0 if rng.random() < 0.4 else max(0.0, 1 - rng.expovariate(9)) for _ in range(width)]
         for unit in rng.sample(range(width), depth * 3):
             values[unit] = rng.random() * 0.4
-        made.append(
-            Layer(name=name, values=values, changed=[i for i, value in enumerate(values) if value <= 0.45])
-        )
+        made.append(Layer(name=name, values=values, changed=[i for i, value in enumerate(values) if value <= 0.45]))
     return made
 
 
@@ -157,9 +152,7 @@ def clean_model() -> Record:
     return make(
         status="nothing_to_repair",
         reason="The unlearning runs ended on three different labels.",
-        diagnosis=diagnosis(
-            "not_found", [unlearning_run(seed, label, 10) for seed, label in enumerate((3, 5, 1))]
-        ),
+        diagnosis=diagnosis("not_found", [unlearning_run(seed, label, 10) for seed, label in enumerate((3, 5, 1))]),
         selection=None,
         checks=[],
         layers=[],
@@ -367,9 +360,7 @@ def test_bars_show_the_largest_classes_only(pages, name):
 def test_hostile_text_stays_text(pages):
     page = Page(pages["hostile"])
     plain = Page(pages["repaired"])
-    assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in plain.elements].count(
-        "script"
-    )
+    assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in plain.elements].count("script")
     assert "img" not in {tag for tag, _ in page.elements}
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
     assert "document.title='owned'" in page.text()

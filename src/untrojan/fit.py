@@ -74,7 +74,7 @@ def fit(
         >>> data = lambda: [(torch.ones(2, 1), torch.tensor([0, 0]))]
         >>> done = fit([weight], step, data, lambda p: torch.optim.SGD(p, lr=1.0), epochs=3, name="fit")
         >>> [round(epoch.loss, 2) for epoch in done.epochs]
-        [0.69, 0.13, 0.09]
+        [0.69, 0.13, 0.08]
     """
     for parameter in parameters:
         parameter.requires_grad_(True)

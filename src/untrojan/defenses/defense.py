@@ -227,7 +227,7 @@ def _status(outcome: Outcome, changed: bool) -> tuple[Status, str]:
         return "failed", "; ".join(failed)
     if not changed:
         return "failed", "the method changed nothing"
-    return "repaired", "; ".join(check.detail for check in outcome.checks)
+    return "repaired", f"the model passes all {len(outcome.checks)} checks"
 
 
 def _state(model: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:

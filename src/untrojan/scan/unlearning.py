@@ -23,9 +23,9 @@ NOISE = 0.1
 SMALLEST_BATCH = 8
 FOUND_SHARE = 0.5
 RULE = (
-    f"found: every run came down to the accuracy floor, and one class holds {FOUND_SHARE:.0%} of the predictions "
-    "or more there, averaged over the runs; not_found: no run on the images as they are came down, and another class "
-    "leads than with noise; inconclusive: anything else"
+    f"found: every run came down to the accuracy floor, and one class leads both with noise and without and holds "
+    f"{FOUND_SHARE:.0%} of the predictions or more there; not_found: every run with noise came down and none without, "
+    "and different classes lead; inconclusive: anything else"
 )
 
 
@@ -144,11 +144,12 @@ def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
         return Diagnosis(verdict="inconclusive", rule=RULE, targets=[], runs=runs)
     views = torch.stack([torch.stack(view).mean(0) for view in ends.values()])
     shares = views.mean(0)
-    resisted = not any(run.reached for run in runs if run.view == "plain")
+    agree = len(views.argmax(1).unique()) == 1
+    down = {view: [run.reached for run in runs if run.view == view] for view in ends}
     verdict: Verdict = "inconclusive"
-    if all(run.reached for run in runs) and shares.max() >= FOUND_SHARE:
+    if agree and all(map(all, down.values())) and shares.max() >= FOUND_SHARE:
         verdict = "found"
-    elif resisted and len(views.argmax(1).unique()) > 1:
+    elif not agree and all(down.get("noise", [False])) and not any(down.get("plain", [True])):
         verdict = "not_found"
     return Diagnosis(
         verdict=verdict,

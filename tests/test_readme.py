@@ -1,0 +1,37 @@
+"""The README's Python example runs as it stands, and prints what the README says it prints."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """Stand where `make demo` has left its two files."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    import demo
+
+    assert demo.main() == 0
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_example_prints_what_the_readme_says(capsys):
+    text = (ROOT / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    capsys.readouterr()
+
+    exec(compile(example[1], "README.md", "exec"), {})  # noqa: S102
+
+    def words(output):
+        return re.sub(r"[\d.]+", "#", output).strip()
+
+    printed = capsys.readouterr().out
+    assert words(printed) == words(example[2])
+    assert Path("runs/digits/report.html").is_file()
