@@ -148,6 +148,8 @@ def _summary(record: Record, out: Path) -> str:
         f"{_percent(record.after.accuracy)} after; {record.units_changed} of {record.units_total} neurons pruned"
     )
     lines.append(f"wrote {out / REPAIRED}, {out / REPORT}, {out / RECORD}")
+    if record.status == "failed":
+        lines.append(f"{REPAIRED} holds the best that {record.method.name} reached; do not take it for repaired")
     return "\n".join(lines)
 
 

@@ -295,7 +295,12 @@ def _prunes_masked(scores: Mask, kept: Mask) -> Check:
     return Check(
         name="prunes what recovery masked",
         passed=pruned == masked.pruned,
-        detail=f"{pruned} of the {masked.pruned} neurons that recovery masked entirely are pruned",
+        detail=(
+            f"{pruned} of the {masked.pruned} neurons that recovery masked entirely are pruned; "
+            "those that are not may carry the backdoor on"
+            if pruned < masked.pruned
+            else f"all {masked.pruned} neurons that recovery masked entirely are pruned"
+        ),
     )
 
 

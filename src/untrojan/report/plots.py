@@ -13,7 +13,6 @@ from bokeh.models import (
     FixedTicker,
     HoverTool,
     Label,
-    LinearAxis,
     NoOverlap,
     NumeralTickFormatter,
     PlainText,
@@ -219,7 +218,7 @@ def _traces(runs: list[UnlearningRun], what: str, values: list[list[float]]) -> 
 
 def _pruning(record: Record) -> figure:
     assert record.selection is not None
-    curve = sorted(record.selection.curve, key=lambda point: (point.threshold, point.pruned))
+    curve = sorted(record.selection.curve, key=lambda point: point.pruned)
     source = ColumnDataSource(
         {
             "threshold": [point.threshold for point in curve],
@@ -232,22 +231,15 @@ def _pruning(record: Record) -> figure:
             "high": [point.accuracy + point.drop - point.drop_low for point in curve],
         }
     )
-    chart = _figure(340, "mask threshold", "hold-out accuracy")
-    chart.varea("threshold", "low", "high", source=source, color=_ACCENT, alpha=0.18)
-    line = chart.line("threshold", "accuracy", source=source, color=_ACCENT, line_width=2)
-    chart.scatter("threshold", "accuracy", source=source, color=_ACCENT, size=6)
+    chart = _figure(340, "units pruned, lowest scores first", "hold-out accuracy")
+    chart.varea("pruned", "low", "high", source=source, color=_ACCENT, alpha=0.18)
+    line = chart.line("pruned", "accuracy", source=source, color=_ACCENT, line_width=2)
+    chart.scatter("pruned", "accuracy", source=source, color=_ACCENT, size=6)
     if record.before.accuracy.value is not None:
         before = record.before.accuracy.value
         chart.add_layout(Span(location=before, dimension="width", line_color=_MUTED, line_dash="dashed"))
     if record.selection.chosen is not None:
-        _mark_chosen(chart, record, curve[0].threshold, curve[-1].threshold)
-    shown = curve[:: max(1, math.ceil(len(curve) / 6))]
-    counts = LinearAxis(axis_label="units pruned")
-    counts.update(
-        ticker=FixedTicker(ticks=[point.threshold for point in shown]),
-        major_label_overrides={point.threshold: str(point.pruned) for point in shown},
-    )
-    chart.add_layout(counts, "above")
+        _mark_chosen(chart, record, curve[0].pruned, curve[-1].pruned)
     chart.yaxis.formatter = NumeralTickFormatter(format="0%")
     tooltips = [
         ("threshold", "@threshold{0.000}"),
@@ -260,20 +252,20 @@ def _pruning(record: Record) -> figure:
     return chart
 
 
-def _mark_chosen(chart: figure, record: Record, first: float, last: float) -> None:
+def _mark_chosen(chart: figure, record: Record, first: int, last: int) -> None:
     assert record.selection is not None
     assert record.selection.chosen is not None
     point = record.selection.curve[record.selection.chosen]
-    to_the_right = point.threshold - first < 0.45 * (last - first)
-    chart.add_layout(Span(location=point.threshold, dimension="height", line_color=_BAD, line_dash="dotted"))
-    chart.scatter([point.threshold], [point.accuracy], color=_PANEL, line_color=_BAD, line_width=3, size=13)
+    to_the_right = point.pruned - first < 0.45 * (last - first)
+    chart.add_layout(Span(location=point.pruned, dimension="height", line_color=_BAD, line_dash="dotted"))
+    chart.scatter([point.pruned], [point.accuracy], color=_PANEL, line_color=_BAD, line_width=3, size=13)
     chart.add_layout(
         Label(
-            x=point.threshold,
+            x=point.pruned,
             y=point.accuracy,
             text=f"chosen\n{point.pruned} units\n{100 * point.accuracy:.1f}%",
             x_offset=10 if to_the_right else -10,
-            y_offset=-14,
+            y_offset=-40,
             text_align="left" if to_the_right else "right",
             text_baseline="top",
             text_color=_BAD,
