@@ -331,6 +331,7 @@ def test_bad_input_gets_a_clear_error_and_loses_nothing(case, command, site, tal
         (["repair", "m.pt", "--clean", "c", "--out", "o"], "Missing option '--net'"),
         (["evaluate", "m.pt", "--net", NET], "Missing option '--test'"),
         (["restore", "folder"], "Missing option '--out'"),
+        (["restore", "folder", "--out"], "Option '--out' requires an argument; see `untrojan restore --help`"),
         (["methods", "--yaml"], "No such option"),
         (["--verbose"], "No such option"),
     ],

@@ -8,7 +8,7 @@ from tiny import CLASSES, NETS, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import DataError, ModelError
+from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.model import Normalize, check, correct, logits, mode, require, seeded
 
 
@@ -171,3 +171,8 @@ def test_the_table_of_tiny_nets_is_deterministic():
     for name in NETS:
         one, other = build(name).state_dict(), build(name).state_dict()
         assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match="expected a seed of at least 0, got -1"), seeded(-1):
+        pass

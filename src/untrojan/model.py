@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import DataError, ModelError, UntrojanError
+from untrojan.errors import ConfigError, DataError, ModelError, UntrojanError
 
 
 class Normalize(nn.Module):
@@ -61,7 +61,13 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and Python for the block, then put the random state of all three back."""
+    """Seed torch, NumPy and Python for the block, then put the random state of all three back.
+
+    Raises:
+        ConfigError: The seed is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"expected a seed of at least 0, got {seed}")
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return _fail("interrupted; nothing was left half-written", INTERRUPTED)
         except click.UsageError as error:
-            return _wrong_call(error)
+            return _wrong_call(error, arguments)
         except ConfigError as error:
             return _fail(str(error), USAGE)
         except UntrojanError as error:
@@ -97,11 +97,11 @@ def _invoke(arguments: list[str]) -> int:
         return cli.invoke(ctx) or 0
 
 
-def _wrong_call(error: click.UsageError) -> int:
+def _wrong_call(error: click.UsageError, arguments: Sequence[str]) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return USAGE
-    command = error.ctx.command_path if error.ctx else "untrojan"
+    command = error.ctx.command_path if error.ctx else " ".join(["untrojan", *arguments[:1]])
     return _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", USAGE)
 
 
