@@ -18,9 +18,11 @@ from untrojan.fit import fit
 from untrojan.mask import Cut, HeldOut, Mask, budget, curve_point, sweep
 from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Selection, UnlearningRun
+from untrojan.scan.inversion import universal
 from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View, diagnose
 
 THRESHOLDS = tuple(step / 20 for step in range(19))
+RESISTED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -123,6 +125,8 @@ class RNP(Unlearning, Defense):
         checks = [self._keeps_accuracy(before, right, chosen, lost), _prunes_masked(whole.scores, kept)]
         if chosen is not None:
             checks.append(self._loses_label(pruned, clean, diagnosis, seed))
+        if all(check.passed for check in checks):
+            checks.append(_resists(model, pruned, clean, diagnosis.targets[0].label, seed))
         return Outcome(
             pruned,
             before,
@@ -302,6 +306,20 @@ def _prunes_masked(scores: Mask, kept: Mask) -> Check:
             "those that are not may carry the backdoor on"
             if pruned < masked.pruned
             else f"all {masked.pruned} neurons that recovery masked entirely are pruned"
+        ),
+    )
+
+
+def _resists(model: nn.Module, pruned: nn.Module, clean: CleanSet, label: int, seed: int) -> Check:
+    """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
+    found = universal(model, clean, label, seed)
+    before, after = (found.success(each, clean, label) for each in (model, pruned))
+    return Check(
+        name="resists a recovered perturbation",
+        passed=after <= RESISTED,
+        detail=(
+            f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
+            f"original sends {after:.0%} there now; accepted are {RESISTED:.0%}"
         ),
     )
 

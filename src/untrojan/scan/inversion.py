@@ -1,0 +1,109 @@
+"""A trigger from the model alone: one perturbation that sends every image to a label."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.fit import fit
+from untrojan.model import mode
+
+FIRST_NORM = 2.0
+GROWTH = 1.5
+ENOUGH = 0.9
+ROUNDS = 14
+EPOCHS = 20
+IMAGES = 200
+BATCH = 25
+
+
+class Perturbation(NamedTuple):
+    """A universal perturbation `(C, H, W)`, added to images and clipped to [0, 1]."""
+
+    values: Tensor
+    norm: float
+
+    def success(self, model: nn.Module, clean: CleanSet, label: int) -> float:
+        """Share of the images of other classes that get `label` with the perturbation on."""
+        hits = total = 0
+        with mode(model, training=False), torch.no_grad():
+            for images, labels in clean.batches(256):
+                others = labels != label
+                hits += int((model((images + self.values).clamp(0, 1)).argmax(1)[others] == label).sum())
+                total += int(others.sum())
+        return hits / total
+
+
+def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Perturbation:
+    """Find one small perturbation that sends most images of other classes to a label.
+
+    Its l1 norm, in units of the full pixel range, grows from a small one until the perturbation reaches 90 % of the
+    images, so that what comes out is about as small as that takes. On a model with a backdoor in that label it uses the
+    backdoor; on a clean one it is larger.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to find it on, with at least one of another class.
+        label: Where to send them.
+        seed: Decides the order of the images.
+
+    Returns:
+        The perturbation, and its l1 norm. At the largest norm tried it may still reach fewer images.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> found = universal(net, images, label=1, seed=0)
+        >>> found.success(net, images, label=1) >= 0.9
+        True
+
+    References:
+        Moosavi-Dezfooli et al.: Universal adversarial perturbations, CVPR 2017, arXiv:1610.08401.
+        Wang et al.: Neural Cleanse, IEEE S&P 2019.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    others = clean.take(clean.labels != label)
+    shown = others.take(torch.randperm(len(others), generator=generator)[:IMAGES])
+    values = torch.zeros(clean.shape)
+    norm = FIRST_NORM
+    found = Perturbation(values, norm)
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = model((images + values).clamp(0, 1))
+        return functional.cross_entropy(out, torch.full_like(labels, label)), out
+
+    def project() -> None:
+        values.copy_(_onto_l1_ball(values, norm))
+
+    with mode(model, training=False):
+        for number in range(ROUNDS):
+            fit(
+                [values],
+                step,
+                lambda: shown.batches(BATCH, generator),
+                partial(torch.optim.Adam, lr=0.05),
+                EPOCHS,
+                name="invert",
+                detail=f"l1 norm {norm:g}",
+                project=project,
+                stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
+            )
+            found = Perturbation(values.detach().clone(), norm)
+            if found.success(model, others, label) >= ENOUGH or number == ROUNDS - 1:
+                break
+            norm *= GROWTH
+    return found
+
+
+def _onto_l1_ball(values: Tensor, norm: float) -> Tensor:
+    """The nearest point whose absolute values sum to at most `norm`; small values become 0."""
+    sizes = values.abs().flatten()
+    if sizes.sum() <= norm:
+        return values
+    ordered = sizes.sort(descending=True).values
+    excess = (ordered.cumsum(0) - norm) / torch.arange(1, len(ordered) + 1)
+    cut = excess[ordered > excess][-1]
+    return values.sign() * (values.abs() - cut).clamp(min=0)
