@@ -33,7 +33,7 @@ def test_it_finds_the_backdoor_and_little_else(images):
     model, clean_model = Backdoored(9.0), Backdoored(0.0)
     found = universal(model, images, label=1, seed=0)
     assert found.success(model, images, label=1) >= 0.9
-    assert found.values.abs().flatten().argmax() == 35
+    assert found.values[0, -1, -1] > 0.1
     assert found.values.abs().sum() <= found.norm + 1e-4
     assert found.success(clean_model, images, label=1) <= 0.1
 

@@ -22,7 +22,6 @@ from untrojan.scan.inversion import universal
 from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View, diagnose
 
 THRESHOLDS = tuple(step / 20 for step in range(19))
-RESISTED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -126,7 +125,7 @@ class RNP(Unlearning, Defense):
         if chosen is not None:
             checks.append(self._loses_label(pruned, clean, diagnosis, seed))
         if all(check.passed for check in checks):
-            checks.append(_resists(model, pruned, clean, diagnosis.targets[0].label, seed))
+            checks.append(_resists(model, pruned, clean, diagnosis, seed))
         return Outcome(
             pruned,
             before,
@@ -278,7 +277,7 @@ class RNP(Unlearning, Defense):
             return Check(name=name, passed=False, detail="unlearning left the numbers at once and says nothing")
         suspect = diagnosis.targets[0]
         share = next(target.score for target in again.targets if target.label == suspect.label)
-        allowed = 2 / len(again.targets)
+        allowed = _twice_fair(len(again.targets))
         return Check(
             name=name,
             passed=again.targets[0].label != suspect.label and share <= allowed,
@@ -310,18 +309,24 @@ def _prunes_masked(scores: Mask, kept: Mask) -> Check:
     )
 
 
-def _resists(model: nn.Module, pruned: nn.Module, clean: CleanSet, label: int, seed: int) -> Check:
+def _resists(model: nn.Module, pruned: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
+    label = diagnosis.targets[0].label
     found = universal(model, clean, label, seed)
     before, after = (found.success(each, clean, label) for each in (model, pruned))
+    allowed = _twice_fair(len(diagnosis.targets))
     return Check(
         name="resists a recovered perturbation",
-        passed=after <= RESISTED,
+        passed=after <= allowed,
         detail=(
             f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
-            f"original sends {after:.0%} there now; accepted are {RESISTED:.0%}"
+            f"original sends {after:.0%} there now; accepted are {allowed:.0%}, twice a fair share"
         ),
     )
+
+
+def _twice_fair(classes: int) -> float:
+    return min(0.5, 2 / classes)
 
 
 class Learned(NamedTuple):
