@@ -83,16 +83,19 @@ def bare(model: nn.Module, batch: Tensor, labels: Tensor, images: Counter[str]) 
 
 
 def measure(name: str, job: Job, model: nn.Module, clean: untrojan.CleanSet) -> dict[str, Any]:
-    """Count and time a job, three times in turn with the bare loops; keep the run in the middle."""
+    """Count and time a job, then the bare loops over as many images."""
     batch, labels = next(clean.batches(125))
-    runs = []
-    for _ in range(3):
-        images, seconds = counted(job)
-        plain = bare(model, batch, labels, images)
-        runs.append({"images": dict(images), "seconds": seconds, "bare_seconds": plain, "ratio": seconds / plain})
-    middle = sorted(runs, key=lambda run: run["ratio"])[1]
-    passes = {kind: middle["images"].get(kind, 0) * each for kind, each in F_PER_IMAGE.items()}
-    return {"job": name, "passes_f": passes, "ratios": [run["ratio"] for run in runs]} | middle
+    images, seconds = counted(job)
+    plain = bare(model, batch, labels, images)
+    passes = {kind: images[kind] * each for kind, each in F_PER_IMAGE.items()}
+    return {
+        "job": name,
+        "images": dict(images),
+        "passes_f": passes,
+        "seconds": seconds,
+        "bare_seconds": plain,
+        "ratio": seconds / plain,
+    }
 
 
 def memory() -> int:
@@ -111,8 +114,8 @@ def page(result: dict[str, Any]) -> str:
         "# What RNP costs",
         "",
         f"Made by `python benchmarks/cost.py`: {NET}, {SAMPLES} images of 32x32, {result['environment']['threads']} "
-        "threads. F is one image through the network once. Each job ran three times in turn with bare loops over as "
-        "many images; the run with the middle ratio is shown.",
+        "threads. F is one image through the network once. Each job ran once, and after it bare loops over as many "
+        "images.",
         "",
         "| job | unlearn | recover | judge | count it needs | seconds | bare loops | ratio |",
         "|---|---|---|---|---|---|---|---|",
