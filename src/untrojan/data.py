@@ -305,6 +305,20 @@ class CleanSet:
         return [(self.take(fold != number), self.take(fold == number)) for number in range(count)]
 
 
+def size_without_single(count: int, size: int) -> int:
+    """Give the smallest batch size from `size` that leaves no batch of a single image, which BatchNorm could not take.
+
+    Args:
+        count: Number of images.
+        size: Images per batch that are wanted, at least 1.
+
+    Example:
+        >>> size_without_single(9, 4), size_without_single(10, 4)
+        (5, 4)
+    """
+    return next((each for each in range(size, count + 1) if count % each != 1), size)
+
+
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pad each image by 4 black pixels on every side and cut a random window of the old size.
 

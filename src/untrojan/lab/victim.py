@@ -1,7 +1,6 @@
 """Make a victim: poison training images with an attack, and train a network on them."""
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -9,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.data import CleanSet
+from untrojan.data import CleanSet, size_without_single
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import fit
 from untrojan.lab.attack import Attack, Target, target_labels
+from untrojan.model import seeded
 
 
 def poison(images: CleanSet, attack: Attack, target: Target, rate: float, seed: int) -> CleanSet:
@@ -100,17 +100,17 @@ def train(
     """
     trained = copy.deepcopy(net).train()
     generator = torch.Generator().manual_seed(seed)
+    size = size_without_single(len(images), batch_size)
 
     def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         out = trained(batch)
         return functional.cross_entropy(out, labels), out
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         done = fit(
             list(trained.parameters()),
             step,
-            lambda: _batches(images, batch_size, generator),
+            lambda: images.batches(size, generator),
             partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
             epochs,
             name="train",
@@ -125,8 +125,3 @@ def _triggered(attack: Attack, pixels: Tensor) -> Tensor:
     if pixels.dtype != torch.uint8:
         return attack.trigger(pixels)
     return attack.trigger(pixels.float() / 255).mul(255).round().to(torch.uint8)
-
-
-def _batches(images: CleanSet, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    count = len(images)
-    return images.batches(next((each for each in range(size, count + 1) if count % each != 1), size), generator)

@@ -80,6 +80,7 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
 
     with mode(model, training=False):
         for number in range(ROUNDS):
+            norm = FIRST_NORM * GROWTH**number
             fit(
                 [values],
                 step,
@@ -92,9 +93,8 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
                 stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
             )
             found = Perturbation(values.detach().clone(), norm)
-            if found.success(model, others, label) >= ENOUGH or number == ROUNDS - 1:
+            if found.success(model, others, label) >= ENOUGH:
                 break
-            norm *= GROWTH
     return found
 
 

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.data import CleanSet, crop_flip
+from untrojan.data import CleanSet, crop_flip, size_without_single
 from untrojan.fit import fit
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scan.scanner import Scanner
@@ -69,9 +69,7 @@ class Unlearning:
         """
         enough = len(clean) > 3 * self.batch_size
         size = self.batch_size if enough else min(self.batch_size, max(SMALLEST_BATCH, math.ceil(len(clean) / 4)))
-        while len(clean) % size == 1 and size < len(clean):
-            size += 1
-        return clean.batches(size, generator, AUGMENTATIONS[view])
+        return clean.batches(size_without_single(len(clean), size), generator, AUGMENTATIONS[view])
 
     def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
         """Maximize the loss on clean images until the accuracy is gone.
