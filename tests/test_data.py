@@ -166,7 +166,7 @@ class TestConstructor:
             (torch.full((1, 3, 2, 2), torch.nan), "NaN"),
             (torch.full((1, 3, 2, 2), torch.inf), "infinite"),
             (torch.zeros(1, 2, 2), r"\(N, C, H, W\), got shape \(1, 2, 2\)"),
-            (torch.zeros(0, 3, 2, 2), "at least one image"),
+            (torch.zeros(2, 0, 2, 2), r"images as \(N, C, H, W\)"),
             (torch.zeros(1, 3, 2, 2, dtype=torch.int64), "uint8 or floating point, got torch.int64"),
         ],
     )

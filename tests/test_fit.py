@@ -1,8 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import MultiStepLR
 
+from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 
 START = torch.linspace(-0.1, 0.1, 12).view(3, 4).sin() * 0.5
@@ -34,7 +38,7 @@ def run(*, lr=0.1, factor=1.0, epochs=3, data=None, optimizer=None, clip=None, *
 
 @pytest.mark.parametrize("milestones", [(), (1, 2)])
 def test_the_loop_written_out(milestones):
-    weight, done = run(milestones=milestones)
+    weight, done = run(schedule=partial(MultiStepLR, milestones=milestones))
     slow, speed, lr, epochs = START, torch.zeros(3, 4), 0.1, []
     for epoch in range(3):
         lr = lr / 10 if epoch in milestones else lr
@@ -103,22 +107,24 @@ def test_divergence_goes_back_to_where_the_epoch_began(at):
         steps.append(logits)
         return functional.cross_entropy(logits, labels) * (float("nan") if len(steps) == at + 1 else 1), logits
 
-    done = fit(
-        list(net.parameters()),
-        step,
-        batches,
-        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        5,
-        name="fit",
-        buffers=list(net.buffers()),
-    )
+    with pytest.warns(UnreliableWarning, match=f"fit: NaN or infinity at step {at}; went back to the end of epoch"):
+        done = fit(
+            list(net.parameters()),
+            step,
+            batches,
+            lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            5,
+            name="fit",
+            buffers=list(net.buffers()),
+        )
     assert (done.diverged_at, len(done.epochs), done.stopped) == (at, at // 3, False)
     assert all(torch.equal(value, states[-1][name]) for name, value in net.state_dict().items())
 
 
 def test_a_last_step_that_leaves_the_numbers_is_seen():
     images, labels = problem(1)[0]
-    weight, done = run(lr=3e38, epochs=1, data=[(1e30 * images, labels)])
+    with pytest.warns(UnreliableWarning, match="NaN or infinity at step 1; went back to the end of epoch 0"):
+        weight, done = run(lr=3e38, epochs=1, data=[(1e30 * images, labels)])
     assert (done.diverged_at, done.epochs) == (1, [])
     assert torch.equal(weight, START)
 
@@ -141,3 +147,36 @@ def test_only_the_parameters_get_gradients():
 def test_an_error_in_a_step_comes_out():
     with pytest.raises(ZeroDivisionError):
         run(optimizer=lambda parameters: 1 / 0)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_batches_too_large_for_the_memory_go_through_in_halves(message):
+    """The gradients of the pieces add up to that of the whole, to the last step of all epochs."""
+    seen = []
+
+    def short_of_memory(weight):
+        def step(images, labels):
+            seen.append(len(images))
+            if len(images) > 2:
+                raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
+            logits = images @ weight
+            return functional.cross_entropy(logits, labels), logits
+
+        return step
+
+    weight = START.clone()
+    with pytest.warns(UnreliableWarning, match="out of memory: batches of 5 images now go through in 4 pieces"):
+        done = fit([weight], short_of_memory(weight), problem, partial(torch.optim.SGD, lr=0.1), 2, name="fit")
+    expected, whole = run(optimizer=partial(torch.optim.SGD, lr=0.1), epochs=2)
+    assert torch.allclose(weight, expected, atol=1e-6)
+    assert done.epochs[1].loss == pytest.approx(whole.epochs[1].loss)
+    assert done.epochs[1].accuracy == whole.epochs[1].accuracy
+    assert seen[:2] == [5, 3]
+
+
+def test_an_image_too_large_for_the_memory():
+    def step(images, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.warns(UnreliableWarning), pytest.raises(torch.OutOfMemoryError):
+        fit([START.clone()], step, problem, partial(torch.optim.SGD, lr=0.1), 1, name="fit")

@@ -1,6 +1,7 @@
 """Clean images: everything that a defender has, and the only data a scan or a repair ever sees."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _GRID_ROUNDING = 1e-4
 _MAX_CLASSES = 1_000_000
 _IMAGES_AT_A_TIME = 256
 _PADDING = 4
+_SMALLEST_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,7 +39,7 @@ class CleanSet:
     float32. Whatever is kept, :meth:`batches` and :meth:`floats` serve float32 in [0, 1].
 
     Args:
-        images: Images (N, C, H, W), N ≥ 1: uint8, or floating point in [0, 1].
+        images: Images (N, C, H, W): uint8, or floating point in [0, 1]. N may be 0 for methods that need no data.
         labels: Whole numbers (N,) from 0; kept as int64.
         class_names: The name of each class, in label order.
         path: Where the images came from.
@@ -169,7 +171,8 @@ class CleanSet:
     @property
     def num_classes(self) -> int:
         """One more than the largest label, or the number of class names where that is larger."""
-        return max(int(self.labels.max()) + 1, len(self.class_names or ()))
+        largest = int(self.labels.max()) if len(self) else -1
+        return max(largest + 1, len(self.class_names or ()))
 
     @property
     def counts(self) -> list[int]:
@@ -200,6 +203,8 @@ class CleanSet:
         """
         at = torch.as_tensor(indices)
         at = at if at.dtype == torch.bool else at.long()
+        if not at.sum() if at.dtype == torch.bool else not len(at):
+            raise DataError("expected at least one image to take, got none")
         return CleanSet(self.images[at], self.labels[at], self.class_names, self.path)
 
     def floats(self) -> Tensor:
@@ -247,6 +252,25 @@ class CleanSet:
             if augment is not None and generator is not None:
                 images = augment(images, generator)
             yield images, self.labels[part]
+
+    def draws(
+        self, size: int, count: int, generator: torch.Generator, augment: Augment | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw `count` batches of `size` images with replacement, as methods do that count steps, not epochs.
+
+        Args:
+            size: Images per batch; may exceed the number of images.
+            count: Number of batches.
+            generator: Draws the images.
+            augment: As in :meth:`batches`.
+
+        Example:
+            >>> clean = CleanSet(torch.rand(5, 3, 8, 8), torch.arange(5))
+            >>> [len(labels) for _, labels in clean.draws(8, 2, torch.Generator())]
+            [8, 8]
+        """
+        parts = [torch.randint(len(self), (size,), generator=generator) for _ in range(count)]
+        return self._serve(parts, generator, augment)
 
     def split(self, fraction: float, seed: int) -> tuple["CleanSet", "CleanSet"]:
         """Split into *fit* and *hold-out*, each class in the same proportion as far as whole images allow.
@@ -317,6 +341,23 @@ def size_without_single(count: int, size: int) -> int:
         (5, 4)
     """
     return next((each for each in range(size, count + 1) if count % each != 1), size)
+
+
+def size_with_enough_steps(count: int, size: int) -> int:
+    """Give the batch size, `size` at most, that makes at least four steps of `count` images and no single image.
+
+    Batches hold at least eight images where there are so many, so few images can mean fewer steps.
+
+    Args:
+        count: Number of images.
+        size: Images per batch that are wanted, at least 1.
+
+    Example:
+        >>> size_with_enough_steps(500, 128), size_with_enough_steps(100, 128), size_with_enough_steps(10, 128)
+        (128, 25, 8)
+    """
+    enough = count > 3 * size
+    return size_without_single(count, size if enough else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4))))
 
 
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -425,13 +466,15 @@ def _as_floats(images: Tensor) -> Tensor:
 
 
 def _checked_images(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.numel() == 0:
-        raise DataError(f"expected at least one image as (N, C, H, W), got shape {tuple(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise DataError(f"expected images as (N, C, H, W), got shape {tuple(images.shape)}")
     images = images.detach().to("cpu")
     if images.dtype == torch.uint8:
         return images.clone(memory_format=torch.contiguous_format)
     if not images.is_floating_point():
         raise DataError(f"expected images as uint8 or floating point, got {images.dtype}")
+    if not len(images):
+        return images.to(torch.uint8)
     images = images.float()
     low, high = (float(end) for end in images.aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):

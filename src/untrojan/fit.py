@@ -1,13 +1,16 @@
 """The one optimization loop. Unlearning, recovering a mask, fine-tuning and training are calls of it."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from untrojan.errors import UnreliableWarning
 from untrojan.progress import stage
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -41,30 +44,35 @@ def fit(
     *,
     name: str,
     detail: str = "",
-    milestones: Sequence[int] = (),
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
     buffers: Sequence[Tensor] = (),
     project: Callable[[], object] | None = None,
     stop: Callable[[Epoch], bool] | None = None,
 ) -> Fit:
     """Minimize a loss over tensors, in place.
 
-    When the loss or a tensor is NaN or infinite the fit ends there and everything goes back to where the epoch began.
+    When the loss or a tensor is NaN or infinite the fit ends there, everything goes back to where the epoch began, and
+    a warning says at which step. Where the memory does not suffice for a batch, this and all later batches go through
+    in halves, with gradients added up; normalization by batch statistics then sees the halves.
 
     Args:
         parameters: The leaf tensors to change; only they get gradients.
-        step: From a batch of images `(b, C, H, W)` and labels `(b,)` to the loss and the logits `(b, K)`.
+        step: From a batch of images `(b, C, H, W)` and labels `(b,)` to the mean loss and the logits `(b, K)`.
         batches: Called once per epoch for its batches.
         optimizer: Makes the optimizer over `parameters`.
         epochs: Passes over the data, at most.
         name: What the work is called in progress and timings.
         detail: Which of several rounds this is.
-        milestones: Epochs, counted from 0, before which the learning rate falls to a tenth.
+        schedule: Makes the schedule of the learning rate; stepped after each epoch.
         buffers: Tensors that `step` writes to, such as running statistics.
         project: Called after each update, to put the tensors back into their allowed range.
         stop: Called after each epoch; true ends the fit.
 
     Returns:
         The measured epochs, and how it ended.
+
+    Raises:
+        torch.OutOfMemoryError: A single image is too much.
 
     Example:
         >>> weight = torch.zeros(1, requires_grad=True)
@@ -79,35 +87,76 @@ def fit(
     for parameter in parameters:
         parameter.requires_grad_(True)
     updates = optimizer(parameters)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(updates, list(milestones), gamma=0.1)
+    rate = schedule(updates) if schedule else None
     history: list[Epoch] = []
     steps = 0
+    gradient = _Gradient(parameters, step)
     with stage(name, total=epochs, detail=detail) as advance:
         for _ in range(epochs):
             start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
             tally = _Tally()
             for images, labels in batches():
-                loss, logits = step(images, labels)
-                if not math.isfinite(loss.item()):
-                    _put_back((*parameters, *buffers), start)
-                    return Fit(history, stopped=False, diverged_at=steps)
                 updates.zero_grad()
-                loss.backward(inputs=list(parameters))
+                loss, logits = gradient(images, labels)
+                if not math.isfinite(loss):
+                    break
                 updates.step()
                 if project is not None:
                     with torch.no_grad():
                         project()
                 steps += 1
-                tally.add(loss.detach(), logits.detach(), labels)
-            if not all(parameter.isfinite().all() for parameter in parameters):
+                tally.add(loss, logits, labels)
+            else:
+                loss = 0.0
+            if not (math.isfinite(loss) and all(parameter.isfinite().all() for parameter in parameters)):
                 _put_back((*parameters, *buffers), start)
+                text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
+                warnings.warn(UnreliableWarning(text), stacklevel=2)
                 return Fit(history, stopped=False, diverged_at=steps)
-            schedule.step()
+            if rate is not None:
+                rate.step()
             history.append(tally.epoch())
             advance()
             if stop is not None and stop(history[-1]):
                 return Fit(history, stopped=True, diverged_at=None)
     return Fit(history, stopped=False, diverged_at=None)
+
+
+class _Gradient:
+    """Adds the gradient of a batch to the parameters, in as many pieces as the memory asks for."""
+
+    def __init__(self, parameters: Sequence[Tensor], step: Step) -> None:
+        self.parameters = list(parameters)
+        self.step = step
+        self.pieces = 1
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        while True:
+            try:
+                return self._in_pieces(images, labels)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.pieces >= len(images):
+                    raise
+            self.pieces *= 2
+            for parameter in self.parameters:
+                parameter.grad = None
+            text = f"out of memory: batches of {len(images)} images now go through in {self.pieces} pieces"
+            warnings.warn(UnreliableWarning(text), stacklevel=4)
+
+    def _in_pieces(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        total, outputs = 0.0, []
+        for few, their in zip(images.chunk(self.pieces), labels.chunk(self.pieces), strict=True):
+            loss, logits = self.step(few, their)
+            loss = loss * (len(few) / len(images))
+            total += loss.item()
+            outputs.append(logits.detach())
+            if math.isfinite(total):
+                loss.backward(inputs=self.parameters)
+        return total, torch.cat(outputs)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Tally:
@@ -117,10 +166,10 @@ class _Tally:
         self.correct = 0
         self.votes: Tensor | int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
         predicted = logits.argmax(1)
         self.images += len(labels)
-        self.loss += loss.item() * len(labels)
+        self.loss += loss * len(labels)
         self.correct += int((predicted == labels).sum())
         self.votes = self.votes + torch.bincount(predicted, minlength=logits.shape[1])
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import correct
+from untrojan.model import correct, mode, tapped
 from untrojan.progress import stage
 from untrojan.record import CurvePoint
 
@@ -249,6 +249,61 @@ def curve_point(scores: Mask, kept: Mask, before: Tensor, right: Tensor) -> Curv
         drop_low=drop - half,
         drop_high=drop + half,
     )
+
+
+def products(model: nn.Module) -> list[str]:
+    """Name the convolution and linear layers in module order; the last one is taken to give the logits.
+
+    Example:
+        >>> products(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)))
+        ['0', '3']
+    """
+    return [name.removesuffix(".weight") for name in _names(model, PRODUCTS)]
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Name the layers that normalize by running statistics, in module order.
+
+    Example:
+        >>> norms(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
+        ['1']
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and module.running_var is not None
+    ]
+
+
+def norm_after(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Pair each convolution or linear layer with the normalization that its output goes straight into.
+
+    Found by running the network, not by the order of its modules, so that shortcuts and normalization before the
+    convolution are paired rightly. A layer that is used several times is paired by its first use.
+
+    Args:
+        model: The network; it is run in evaluation mode and is not changed.
+        images: A few images `(n, C, H, W)` to run it on.
+
+    Returns:
+        Layer name to normalization name; layers without one are missing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        >>> norm_after(net, torch.rand(1, 1, 4, 4))
+        {'0': '1'}
+    """
+    normal = [name for name, module in model.named_modules() if isinstance(module, (*BATCH_NORMS, *OTHER_NORMS))]
+    names = products(model)
+    with (
+        mode(model, training=False),
+        torch.no_grad(),
+        tapped(model, names) as outputs,
+        tapped(model, normal, "input") as inputs,
+    ):
+        model(images)
+    made_by = {id(calls[0]): name for name, calls in reversed(outputs.items()) if calls}
+    return {made_by[id(calls[0])]: name for name, calls in inputs.items() if calls and id(calls[0]) in made_by}
 
 
 def _bias_of(name: str) -> str:

@@ -5,8 +5,8 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,41 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextlib.contextmanager
+def tapped(
+    model: nn.Module, names: Iterable[str], side: Literal["input", "output"] = "output"
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Read what goes into or comes out of layers while the block runs.
+
+    Args:
+        model: The network; its hooks are gone afterwards, also when a layer raises.
+        names: The layers, as in `model.named_modules()`.
+        side: Whether to keep the first input or the output of each call.
+
+    Yields:
+        For every layer the tensors of its calls so far, in order, attached to the graph; clear a list to start anew.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with tapped(net, ["1"]) as seen:
+        ...     out = net(torch.rand(3, 1, 2, 2))
+        >>> seen["1"][0] is out
+        True
+    """
+    modules = dict(model.named_modules())
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: seen[name].append(inputs[0] if side == "input" else output)
+
+    handles = [modules[name].register_forward_hook(keeper(name)) for name in seen]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

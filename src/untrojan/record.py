@@ -79,7 +79,7 @@ class ModelInfo(_Part):
     net: str | None = None
     architecture: str
     parameters: int
-    classes: int
+    classes: int | None
 
 
 class CleanInfo(_Part):
@@ -130,6 +130,11 @@ class Diagnosis(_Part):
     rule: str
     targets: list[Target]
     runs: list[UnlearningRun]
+
+    @property
+    def suspect(self) -> int | None:
+        """The label that the scan puts first, unless it cleared the model or could not tell labels apart."""
+        return self.targets[0].label if self.targets and self.verdict != "not_found" else None
 
 
 class CurvePoint(_Part):
@@ -186,6 +191,8 @@ class Record(_Part):
 
     `status` is `repaired` when a model that passes every check came out, `nothing_to_repair` when no backdoor was
     found and the model is unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
+    `units_changed` counts pruned units, of `units_total` that the method scored; `values_changed` counts the elements
+    of the state dict that differ.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -196,13 +203,14 @@ class Record(_Part):
     seed: int
     model: ModelInfo
     clean: CleanInfo
-    diagnosis: Diagnosis | None
+    diagnosis: Diagnosis
     selection: Selection | None
     before: Accuracy
     after: Accuracy
     checks: list[Check]
     units_changed: int
     units_total: int
+    values_changed: int
     layers: list[Layer]
     repaired: ModelInfo
     seconds: dict[str, float]

@@ -190,6 +190,8 @@ def _problem(kind: str, where: tuple[int | str, ...], message: str, came: object
         return f"`{field}` is not a field"
     if kind == "missing":
         return f"`{field}` must be given"
+    if kind == "value_error" and not where:
+        return message.removeprefix("Value error, ")
     return f"`{field}`: {message[0].lower()}{message[1:]}, got {came!r}"
 
 

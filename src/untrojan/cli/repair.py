@@ -134,7 +134,7 @@ def _option(field: FieldInfo) -> click.Option:
 
 def _summary(record: Record, out: Path) -> str:
     lines = [f"{record.status.replace('_', ' ')}: {record.reason}"]
-    if record.diagnosis and record.diagnosis.targets:
+    if record.diagnosis.targets:
         target = record.diagnosis.targets[0]
         names = record.clean.class_names or []
         name = f" ({names[target.label]})" if target.label < len(names) else ""
@@ -145,12 +145,18 @@ def _summary(record: Record, out: Path) -> str:
     kind = "held-out" if record.before.held_out else "these"
     lines.append(
         f"accuracy on {kind} clean images: {_percent(record.before.accuracy)} before, "
-        f"{_percent(record.after.accuracy)} after; {record.units_changed} of {record.units_total} neurons pruned"
+        f"{_percent(record.after.accuracy)} after; {_changed(record)}"
     )
     lines.append(f"wrote {out / REPAIRED}, {out / REPORT}, {out / RECORD}")
     if record.status == "failed":
         lines.append(f"{REPAIRED} holds the best that {record.method.name} reached; do not take it for repaired")
     return "\n".join(lines)
+
+
+def _changed(record: Record) -> str:
+    if record.units_total:
+        return f"{record.units_changed} of {record.units_total} units pruned"
+    return f"{record.values_changed:,} values changed"
 
 
 def _percent(rate: Rate) -> str:

@@ -1,22 +1,25 @@
 """The base of every defense, and what a defense gives back."""
 
 import copy
+import dataclasses
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, final
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.defenses.checks import keeps_accuracy, loses_label, lost_accuracy, resists_perturbation
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UntrojanWarning
 from untrojan.mask import Mask
-from untrojan.model import logits, require, seeded
+from untrojan.model import correct, logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import (
     Accuracy,
@@ -36,6 +39,7 @@ from untrojan.record import (
     write_atomic,
 )
 from untrojan.registry import describe
+from untrojan.scan.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
 
 REPAIRED, CHANGES, REPORT, RECORD = (
@@ -54,8 +58,7 @@ class Outcome(NamedTuple):
         before: Which clean images the original gets right: bool `(n,)`.
         after: The same images for the repaired network.
         held_out: Whether nothing was fitted on the images that `after` was measured on.
-        checks: What the repaired model had to satisfy, and whether it does.
-        diagnosis: What was found, when the method looked or was told.
+        checks: What the method itself asks of a repaired model, beside what is asked of all.
         selection: How the method chose how much to change, when it has such a choice.
         mask: The method's scores, one per unit.
         kept: Ones where a unit was kept, zeros where it was pruned.
@@ -65,14 +68,13 @@ class Outcome(NamedTuple):
     before: Tensor
     after: Tensor
     held_out: bool
-    checks: list[Check]
-    diagnosis: Diagnosis | None = None
+    checks: list[Check] = []  # noqa: RUF012
     selection: Selection | None = None
     mask: Mask | None = None
     kept: Mask | None = None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Repair:
     """A repaired model and the record of how it came about.
 
@@ -81,10 +83,10 @@ class Repair:
         record: Everything about the run; see :class:`untrojan.record.Record`.
     """
 
-    model: nn.Module = field(repr=False)
-    record: Record = field(repr=False)
-    _parent: Mapping[str, Tensor] = field(repr=False)
-    _child: Mapping[str, Tensor] = field(repr=False)
+    model: nn.Module = dataclasses.field(repr=False)
+    record: Record = dataclasses.field(repr=False)
+    _parent: Mapping[str, Tensor] = dataclasses.field(repr=False)
+    _child: Mapping[str, Tensor] = dataclasses.field(repr=False)
 
     def __repr__(self) -> str:
         return f"Repair({self.record.status}: {self.record.reason})"
@@ -118,7 +120,7 @@ class Repair:
             made.mkdir()
             save_state(made / REPAIRED, self._child, {"untrojan": self.record.status})
             save_changes(made / CHANGES, self._parent, self._child)
-            saved = replace(self, record=self._with_file(sha256((made / REPAIRED).read_bytes())))
+            saved = dataclasses.replace(self, record=self._with_file(sha256((made / REPAIRED).read_bytes())))
             saved.report(made / REPORT)
             write_atomic(made / RECORD, saved.record.to_json().encode())
             _move(made, folder)
@@ -136,14 +138,22 @@ def require_free(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Defense(ABC):
     """Base of every defense; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
 
-    Authors write :meth:`_repair`, which gets a copy of the model and a seeded random state. Everything that is
-    common to all defenses is done here, once.
+    Authors write :meth:`_repair`, which gets a copy of the model, a diagnosis and a seeded random state. Everything
+    that is common to all defenses is done here, once. Most derive from :class:`~untrojan.defenses.pruning.Pruning` or
+    :class:`~untrojan.defenses.tuning.Tuning` instead.
+
+    Attributes:
+        budget: Accepted loss of clean accuracy, as a fraction, in (0, 1).
     """
 
     name: ClassVar[str]
+    data_free: ClassVar[bool] = False
+
+    budget: float = Field(default=0.02, gt=0, lt=1)
 
     @final
     def repair(
@@ -158,8 +168,9 @@ class Defense(ABC):
 
         Args:
             model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
-            clean: Clean images with their true labels, at least one of each class.
-            diagnosis: What a scan found; without it the method looks for itself.
+            clean: Clean images with their true labels, at least one of each class. A method that is `data_free` also
+                takes a set without images; nothing can be verified then.
+            diagnosis: What a scan found; without it the model is scanned first.
             seed: Same seed, same repair; the caller's random state is left alone.
             source: The file the model came from, for the record, and for its keys and types when saving.
 
@@ -171,12 +182,21 @@ class Defense(ABC):
             DataError: The images do not fit the model.
         """
         with _collected() as caught, timing() as seconds, seeded(seed):
-            require(copy.deepcopy(model), clean)
-            outcome = self._repair(copy.deepcopy(model), clean, diagnosis, seed)
-            parent, child = _state(model, source), _state(outcome.model, source)
+            if len(clean) or not self.data_free:
+                require(copy.deepcopy(model), clean)
+            diagnosis = diagnosis or _look(model, clean, seed)
+            outcome = (
+                _unchanged(copy.deepcopy(model), clean)
+                if diagnosis.verdict == "not_found"
+                else self._repair(copy.deepcopy(model), clean, diagnosis, seed)
+            )
+            _put_back_flags(outcome.model, model)
+            parent, child = _states(model, outcome.model, source)
             classes = _require_sound(parent, child, outcome.model, clean)
-            status, reason = _status(outcome, changed=state_sha256(parent) != state_sha256(child))
-            if status == "failed" and state_sha256(parent) == state_sha256(child):
+            changed = state_sha256(parent) != state_sha256(child)
+            checks = self._checks(copy.deepcopy(model), outcome, clean, diagnosis, seed) if changed else outcome.checks
+            status, reason = _status(diagnosis, checks, changed)
+            if status == "failed" and not changed:
                 warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
         record = Record(
             status=status,
@@ -185,13 +205,14 @@ class Defense(ABC):
             seed=seed,
             model=_model_info(model, parent, classes, source),
             clean=_clean_info(clean, classes),
-            diagnosis=outcome.diagnosis,
+            diagnosis=diagnosis,
             selection=outcome.selection,
             before=_accuracy(outcome.before, outcome.held_out),
             after=_accuracy(outcome.after, outcome.held_out),
-            checks=outcome.checks,
+            checks=checks,
             units_changed=outcome.kept.pruned if outcome.kept else 0,
             units_total=outcome.mask.total if outcome.mask else 0,
+            values_changed=sum(int((child[name] != value).sum()) for name, value in parent.items()),
             layers=_layers(outcome.mask, outcome.kept),
             repaired=_model_info(outcome.model, child, classes, None),
             seconds=seconds,
@@ -202,8 +223,46 @@ class Defense(ABC):
         return Repair(outcome.model, record, parent, child)
 
     @abstractmethod
-    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis | None, seed: int) -> Outcome:
+    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Outcome:
         """Repair a copy of the model, with the random state seeded."""
+
+    def _checks(
+        self, model: nn.Module, outcome: Outcome, clean: CleanSet, diagnosis: Diagnosis, seed: int
+    ) -> list[Check]:
+        """What the method asks and what is asked of all; the dear check only where the others pass."""
+        if not len(clean):
+            text = "there are no clean images to verify the result on"
+            return [*outcome.checks, Check(name="is verified", passed=False, detail=text)]
+        lost = lost_accuracy(model, outcome.model, clean)
+        checks = [
+            keeps_accuracy(outcome.before, outcome.after, lost, self.budget, outcome.held_out),
+            *outcome.checks,
+            loses_label(outcome.model, clean, diagnosis, seed),
+        ]
+        if all(check.passed for check in checks):
+            checks.append(resists_perturbation(model, outcome.model, clean, diagnosis, seed))
+        return checks
+
+
+def _look(model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
+    if len(clean):
+        return UnlearningScanner().scan(model, clean, seed)
+    return Diagnosis(verdict="inconclusive", rule="there were no clean images to scan with", targets=[], runs=[])
+
+
+def _unchanged(model: nn.Module, clean: CleanSet) -> Outcome:
+    right = correct(model, clean)
+    return Outcome(model, right, right, held_out=True)
+
+
+def _put_back_flags(model: nn.Module, original: nn.Module) -> None:
+    """Give every part the training flag and every parameter the `requires_grad` that it had."""
+    flags = {name: module.training for name, module in original.named_modules()}
+    for name, module in model.named_modules():
+        module.training = flags.get(name, module.training)
+    grads = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(grads.get(name, parameter.requires_grad)).grad = None
 
 
 @contextmanager
@@ -218,37 +277,65 @@ def _collected() -> Iterator[list[warnings.WarningMessage]]:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _status(outcome: Outcome, changed: bool) -> tuple[Status, str]:
-    verdict = outcome.diagnosis.verdict if outcome.diagnosis else None
-    if verdict == "not_found" and not changed:
+def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool) -> tuple[Status, str]:
+    if diagnosis.verdict == "not_found":
         return "nothing_to_repair", "no backdoor was found, and the model is unchanged"
-    failed = [check.detail for check in outcome.checks if not check.passed]
+    failed = [check.detail for check in checks if not check.passed]
     if failed:
         return "failed", "; ".join(failed)
     if not changed:
         return "failed", "the method changed nothing"
-    return "repaired", f"the model passes all {len(outcome.checks)} checks"
+    return "repaired", f"the model passes all {len(checks)} checks"
 
 
-def _state(model: nn.Module, source: Checkpoint | None) -> dict[str, Tensor]:
-    """A copy of the state dict as it is saved: with the keys and types of the source, where there is one."""
-    state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    like = source.tensors if source else state
-    return {name: state[name].to("cpu", original.dtype, copy=True) for name, original in like.items()}
+def _states(
+    model: nn.Module, repaired: nn.Module, source: Checkpoint | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of both state dicts as they are saved: with the keys and types of the source, where there is one.
+
+    What the repair left alone keeps the very value of the source, which may be of a finer type than the network's.
+    """
+    before, after = (
+        {name: value.detach() for name, value in each.state_dict().items() if isinstance(value, Tensor)}
+        for each in (model, repaired)
+    )
+    if source is None:
+        return _copies(before), _copies(after)
+    finest = {name: _finest(before[name], value) for name, value in source.tensors.items()}
+    child = {
+        name: torch.where(after[name].cpu() == before[name].cpu(), finest[name], after[name].cpu().to(value.dtype))
+        for name, value in finest.items()
+        if after[name].shape == value.shape
+    }
+    return finest, {name: child.get(name, after[name].to("cpu", copy=True)) for name in finest}
 
 
-def _require_sound(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet) -> int:
-    """Raise unless the child is a working network of the parent's shape; give its number of classes."""
+def _finest(value: Tensor, original: Tensor) -> Tensor:
+    """The value in the type of the file, digit for digit where it is what the file holds."""
+    value = value.cpu()
+    return torch.where(original.to(value.dtype) == value, original, value.to(original.dtype))
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("cpu", copy=True) for name, value in state.items()}
+
+
+def _require_sound(
+    parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet
+) -> int | None:
+    """Raise unless the child is a working network of the parent's shape; give its number of classes, if known."""
     if {name: value.shape for name, value in parent.items()} != {name: value.shape for name, value in child.items()}:
         raise ModelError("the method changed the architecture: expected the same state-dict keys and shapes")
-    return logits(model, clean).shape[1]
+    return logits(model, clean).shape[1] if len(clean) else None
 
 
 def _accuracy(correct: Tensor, held_out: bool) -> Accuracy:
     return Accuracy(accuracy=Rate.of(int(correct.sum()), correct.numel()), held_out=held_out)
 
 
-def _model_info(model: nn.Module, state: Mapping[str, Tensor], classes: int, source: Checkpoint | None) -> ModelInfo:
+def _model_info(
+    model: nn.Module, state: Mapping[str, Tensor], classes: int | None, source: Checkpoint | None
+) -> ModelInfo:
     return ModelInfo(
         path=source.path if source else None,
         sha256=source.sha256 if source else None,
@@ -259,13 +346,13 @@ def _model_info(model: nn.Module, state: Mapping[str, Tensor], classes: int, sou
     )
 
 
-def _clean_info(clean: CleanSet, classes: int) -> CleanInfo:
+def _clean_info(clean: CleanSet, classes: int | None) -> CleanInfo:
     return CleanInfo(
         path=clean.path,
         sha256=clean.sha256,
         images=len(clean),
         shape=clean.shape,
-        per_class=torch.bincount(clean.labels, minlength=classes).tolist(),
+        per_class=torch.bincount(clean.labels, minlength=classes or 0).tolist(),
         class_names=list(clean.class_names) if clean.class_names else None,
     )
 

@@ -3,29 +3,25 @@
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.defenses.defense import Defense, Outcome
+from untrojan.defenses.pruning import Pruning
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
-from untrojan.mask import Cut, HeldOut, Mask, budget, curve_point, sweep
-from untrojan.model import correct, logits
-from untrojan.record import Check, Diagnosis, Selection, UnlearningRun
-from untrojan.scan.inversion import universal
-from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View, diagnose
-
-THRESHOLDS = tuple(step / 20 for step in range(19))
+from untrojan.mask import Mask
+from untrojan.record import Check, UnlearningRun
+from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class RNP(Unlearning, Defense):
+class RNP(Unlearning, Pruning):
     """Reconstructive Neuron Pruning.
 
     A copy of the model unlearns clean images, by maximizing their loss, until its accuracy is gone; the backdoor,
@@ -39,13 +35,7 @@ class RNP(Unlearning, Defense):
     masked, so that one with -0.9 was masked almost at once.
 
     Attributes:
-        variant: `fixed` is this project's; `released` is what the published code does, see Deviations.
-        select: How much to prune. `budget`: as many neurons as cost no more than `budget` of clean accuracy;
-            `threshold` and `count`: as given.
-        budget: Accepted drop in clean accuracy, as a fraction in (0, 1).
         threshold: Prune neurons with a score at or below this, in [-1, 1], for `threshold`.
-        count: Prune this many neurons, lowest scores first, for `count`.
-        folds: Parts the images are cut into, so that masks learned without a part are judged on it.
         recover_lr: Learning rate of SGD with momentum 0.9 on the masks; it includes the loss factor 0.2 of the
             published code (0.2 x 0.2).
         recover_epochs: Passes over the images to recover.
@@ -83,20 +73,9 @@ class RNP(Unlearning, Defense):
 
     name: ClassVar[str] = "rnp"
 
-    variant: Literal["fixed", "released"] = "fixed"
-    select: Literal["budget", "threshold", "count"] = "budget"
-    budget: float = Field(default=0.02, gt=0, lt=1)
     threshold: float = Field(default=0.2, ge=-1, le=1)
-    count: int = Field(default=20, ge=0)
-    folds: int = Field(default=2, ge=2)
     recover_lr: float = Field(default=0.04, gt=0)
     recover_epochs: int = Field(default=20, ge=1)
-
-    @model_validator(mode="after")
-    def _need_a_rule(self) -> Self:
-        if self.variant == "released" and self.select == "budget":
-            raise ValueError("the released code chooses no threshold; give select threshold or count with it")
-        return self
 
     def batches(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the images once, shuffled; `released` never makes the batches smaller."""
@@ -104,63 +83,9 @@ class RNP(Unlearning, Defense):
             return clean.batches(self.batch_size, generator, AUGMENTATIONS[view])
         return super().batches(clean, generator, view)
 
-    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis | None, seed: int) -> Outcome:
-        if self.select == "count":
-            Mask.ones(model, "neuron").count(self.count)  # refuses a count beyond the network before all the work
-        if diagnosis is not None and diagnosis.verdict == "not_found":
-            return _nothing_to_do(model, clean, diagnosis)
-        whole, parts, runs = self._learn_all(model, clean, seed)
-        diagnosis = diagnosis or diagnose(runs)
-        if diagnosis.verdict == "not_found":
-            return _nothing_to_do(model, clean, diagnosis)
-
-        before = torch.cat([correct(model, part.clean) for part in parts])
-        cuts = self._cuts(whole.scores)
-        right = sweep(model, parts, cuts)
-        chosen = budget(right, before, self.budget) if self.select == "budget" else self._given()
-        chosen, kept, lost = self._deliver(model, clean, whole.scores, cuts, chosen)
-        pruned = kept.bake(model)
-        after = before if chosen is None else right[chosen]
-        checks = [self._keeps_accuracy(before, right, chosen, lost), _prunes_masked(whole.scores, kept)]
-        if chosen is not None:
-            checks.append(self._loses_label(pruned, clean, diagnosis, seed))
-        if all(check.passed for check in checks):
-            checks.append(_resists(model, pruned, clean, diagnosis, seed))
-        return Outcome(
-            pruned,
-            before,
-            after,
-            self.variant == "fixed",
-            checks,
-            diagnosis,
-            Selection(
-                rule=self._rule(),
-                chosen=chosen,
-                curve=[
-                    curve_point(whole.scores, cut(whole.scores), before, row)
-                    for cut, row in zip(cuts, right, strict=True)
-                ],
-            ),
-            whole.scores,
-            kept,
-        )
-
-    def _learn_all(
-        self, model: nn.Module, clean: CleanSet, seed: int
-    ) -> tuple["Learned", list[HeldOut], list[UnlearningRun]]:
-        """What is pruned by, scores with images to judge them on, and every unlearning run on the way there."""
-        if self.variant == "released":
-            whole = self.learn(model, clean, seed)
-            return whole, [HeldOut(whole.scores, clean)], [whole.run]
-        folds = clean.folds(self.folds, seed)
-        whole = self.learn(model, clean, seed)
-        learned = [
-            self.learn(model, rest, seed + number, f"without part {number} of {len(folds)}")
-            for number, (rest, _) in enumerate(folds, start=1)
-        ]
-        noisy = [self.unlearn(model, clean, seed + number, "noise", f"noise {number} of 2").run for number in (1, 2)]
-        parts = [HeldOut(each.scores, held) for each, (_, held) in zip(learned, folds, strict=True)]
-        return whole, parts, [whole.run, *(each.run for each in learned), *noisy]
+    def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
+        """Score every neuron by the multiplier that recovery leaves it."""
+        return self.learn(model, clean, seed, detail).scores
 
     def learn(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> "Learned":
         """Unlearn and recover once, without judging or pruning.
@@ -216,81 +141,8 @@ class RNP(Unlearning, Defense):
         earliness = iter(total / steps - 1 for total in sums)
         return mask.map(lambda value: torch.where(value > 0, value, next(earliness)))
 
-    def _cuts(self, scores: Mask) -> list[Cut]:
-        """Ways to prune, mildest first."""
-        if self.select == "threshold":
-            return [partial(Mask.threshold, threshold=each) for each in sorted({*THRESHOLDS, self.threshold})]
-        if self.select == "count":
-            return [partial(Mask.count, count=self.count)]
-        counts, step = {scores.threshold(each).pruned for each in THRESHOLDS} - {0} or {1}, 1
-        while step < max(counts):
-            counts.add(step)
-            step = max(step + 1, round(step * 1.2))
-        return [partial(Mask.count, count=each) for each in sorted(counts)]
-
-    def _given(self) -> int:
-        return sorted({*THRESHOLDS, self.threshold}).index(self.threshold) if self.select == "threshold" else 0
-
-    def _rule(self) -> str:
-        if self.select == "threshold":
-            return f"threshold: every neuron with a score at or below {self.threshold:g}, as given"
-        if self.select == "count":
-            return f"count: the {self.count} neurons with the lowest scores, as given"
-        return (
-            f"budget: the most neurons, lowest scores first, before accuracy on held-out clean images falls by more "
-            f"than {self.budget:.1%}, paired; masks learned without one of {self.folds} parts are judged on it"
-        )
-
-    def _deliver(
-        self, model: nn.Module, clean: CleanSet, scores: Mask, cuts: list[Cut], chosen: int | None
-    ) -> tuple[int | None, Mask, float]:
-        """Prune by all images' scores, and by less where that costs more of their accuracy than the budget."""
-        right = correct(model, clean).double().mean()
-        lost = 0.0
-        while chosen is not None:
-            kept = cuts[chosen](scores)
-            lost = float(right - correct(kept.bake(model), clean).double().mean())
-            if self.select != "budget" or lost <= self.budget + 1e-9:
-                return chosen, kept, lost
-            chosen = chosen - 1 if chosen else None
-        return None, scores.map(torch.ones_like), lost
-
-    def _keeps_accuracy(self, before: Tensor, right: Tensor, chosen: int | None, lost: float) -> Check:
-        drop = float(before.double().mean() - right[chosen or 0].double().mean())
-        if chosen is None:
-            worse = max(drop, lost)
-            text = f"even the mildest pruning costs {worse:.1%} of clean accuracy; accepted are {self.budget:.1%}"
-            return Check(name="keeps clean accuracy", passed=False, detail=text)
-        judged = "held-out images" if self.variant == "fixed" else "the images that the masks were learned on"
-        text = f"clean accuracy falls by {drop:.1%} on {judged}"
-        if self.variant == "fixed":
-            text += f", and by {lost:.1%} on all of them with the weights delivered"
-        passed = max(drop, lost) <= self.budget + 1e-9
-        return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {self.budget:.1%}")
-
-    def _loses_label(self, pruned: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
-        """Unlearn the repaired model: where the backdoor is gone, its label no longer stands out."""
-        views: tuple[View, View] = ("plain", "noise")
-        again = diagnose([self.unlearn(pruned, clean, seed, view, f"repaired, {view}").run for view in views])
-        name = "loses the suspected label"
-        if not (diagnosis.targets and again.targets):
-            return Check(name=name, passed=False, detail="unlearning left the numbers at once and says nothing")
-        suspect = diagnosis.targets[0]
-        share = next(target.score for target in again.targets if target.label == suspect.label)
-        allowed = _twice_fair(len(again.targets))
-        return Check(
-            name=name,
-            passed=again.targets[0].label != suspect.label and share <= allowed,
-            detail=(
-                f"unlearning the repaired model leaves {share:.0%} of the predictions with label {suspect.label}, "
-                f"{suspect.score:.0%} before; accepted are {allowed:.0%}, twice a fair share, behind another label"
-            ),
-        )
-
-
-def _nothing_to_do(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis) -> Outcome:
-    right = correct(model, clean)
-    return Outcome(model, right, right, held_out=True, checks=[], diagnosis=diagnosis)
+    def _demands(self, scores: Mask, kept: Mask) -> list[Check]:
+        return [_prunes_masked(scores, kept)]
 
 
 def _prunes_masked(scores: Mask, kept: Mask) -> Check:
@@ -307,26 +159,6 @@ def _prunes_masked(scores: Mask, kept: Mask) -> Check:
             else f"all {masked.pruned} neurons that recovery masked entirely are pruned"
         ),
     )
-
-
-def _resists(model: nn.Module, pruned: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
-    """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
-    label = diagnosis.targets[0].label
-    found = universal(model, clean, label, seed)
-    before, after = (found.success(each, clean, label) for each in (model, pruned))
-    allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
-    return Check(
-        name="resists a recovered perturbation",
-        passed=after <= allowed,
-        detail=(
-            f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
-            f"original sends {after:.0%} there now; accepted are {allowed:.0%}, twice a fair share"
-        ),
-    )
-
-
-def _twice_fair(classes: int) -> float:
-    return min(0.5, 2 / classes)
 
 
 class Learned(NamedTuple):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.data import CleanSet, size_without_single
 from untrojan.errors import ConfigError, DataError, ModelError
@@ -114,7 +115,7 @@ def train(
             partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
             epochs,
             name="train",
-            milestones=(epochs // 2, epochs * 3 // 4),
+            schedule=partial(MultiStepLR, milestones=[epochs // 2, epochs * 3 // 4]),
         )
     if done.diverged_at is not None:
         raise ModelError(f"training left the numbers at step {done.diverged_at}; lower lr, now {lr}")

@@ -49,7 +49,7 @@ def render(record: Record) -> str:
         "size": _size,
         "label": lambda label: _label(record, label),
     }
-    suspect = _suspect(record.diagnosis)
+    suspect = record.diagnosis.suspect
     plots = figures(record, suspect)
     scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
     scripts.append(_read("page.js"))
@@ -90,23 +90,14 @@ def _verdict(record: Record) -> str:
 
 def _finding(record: Record) -> str:
     diagnosis = record.diagnosis
-    if diagnosis is None:
-        return "Not scanned for a target label"
     if diagnosis.verdict == "not_found":
         return "No backdoor found"
-    suspect = _suspect(diagnosis)
+    suspect = diagnosis.suspect
     if diagnosis.verdict == "found":
         return "Backdoor found" if suspect is None else f"Backdoor found: target label {_label(record, suspect)}"
     if suspect is None:
         return "The scan for a backdoor was inconclusive"
     return f"Backdoor suspected in label {_label(record, suspect)}"
-
-
-def _suspect(diagnosis: Diagnosis | None) -> int | None:
-    """The label that the scan puts first, unless it cleared the model."""
-    if diagnosis is None or diagnosis.verdict == "not_found" or not diagnosis.targets:
-        return None
-    return diagnosis.targets[0].label
 
 
 def _badge(record: Record) -> tuple[str, str, str]:
@@ -115,14 +106,14 @@ def _badge(record: Record) -> tuple[str, str, str]:
         return "bad", "✕", "Not repaired"
     if record.status == "repaired":
         return "good", "✓", "Repaired"
-    if record.diagnosis is not None and record.diagnosis.verdict == "not_found":
+    if record.diagnosis.verdict == "not_found":
         return "good", "✓", "Nothing to repair"
     return "warn", "?", "Not repaired"
 
 
-def _agreement(diagnosis: Diagnosis | None, suspect: int | None) -> int:
+def _agreement(diagnosis: Diagnosis, suspect: int | None) -> int:
     """How many unlearning runs ended on the suspect, or without one on the label most of them ended on."""
-    ends = [run.label for run in diagnosis.runs] if diagnosis else []
+    ends = [run.label for run in diagnosis.runs]
     return max(map(ends.count, ends), default=0) if suspect is None else ends.count(suspect)
 
 

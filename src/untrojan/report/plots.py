@@ -93,9 +93,9 @@ def figures(record: Record, suspect: int | None) -> dict[str, Any]:
     """The charts that this record has data for, by name, in the form that `Bokeh.embed.embed_item` takes."""
     charts: dict[str, figure] = {}
     diagnosis = record.diagnosis
-    if diagnosis is not None and (diagnosis.runs or diagnosis.targets):
+    if diagnosis.targets:
         charts["shares"] = _shares(record, suspect)
-    if diagnosis is not None and any(run.trace for run in diagnosis.runs):
+    if any(run.trace for run in diagnosis.runs):
         charts["forgetting"] = _traces(diagnosis.runs, "clean accuracy", [_accuracies(run) for run in diagnosis.runs])
         charts["surviving"] = _traces(diagnosis.runs, "share of its top label", [_top(run) for run in diagnosis.runs])
     if record.selection is not None and record.selection.curve:
@@ -148,7 +148,6 @@ def _name_rows(chart: figure, names: Sequence[str]) -> None:
 
 
 def _shares(record: Record, suspect: int | None) -> figure:
-    assert record.diagnosis is not None
     ends = [run.trace[-1].shares for run in record.diagnosis.runs if run.trace]
     mean = {label: math.fsum(column) / len(ends) for label, column in enumerate(zip(*ends, strict=True))}
     scores = mean | {target.label: target.score for target in record.diagnosis.targets}
@@ -179,7 +178,7 @@ def _shares(record: Record, suspect: int | None) -> figure:
         "share", "row", "text", source=source, x_offset=6, text_baseline="middle", text_color=_INK,
         text_font=value(_FONT), text_font_size="12px",
     )  # fmt: skip
-    even = 1 / record.model.classes
+    even = 1 / len(record.diagnosis.targets)
     chart.add_layout(Span(location=even, dimension="height", line_color=_MUTED, line_dash="dotted", level="underlay"))
     chart.xaxis.bounds = (0, 1)
     chart.xaxis.formatter = NumeralTickFormatter(format="0%")

@@ -1,7 +1,6 @@
 """Which class survives unlearning: the label read-out of RNP's unlearned model."""
 
 import copy
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -11,8 +10,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import MultiStepLR
 
-from untrojan.data import CleanSet, crop_flip, size_without_single
+from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
 from untrojan.fit import fit
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scan.scanner import Scanner
@@ -20,7 +20,6 @@ from untrojan.scan.scanner import Scanner
 View = Literal["plain", "noise", "crop-flip"]
 
 NOISE = 0.1
-SMALLEST_BATCH = 8
 FOUND_SHARE = 0.5
 RULE = (
     f"found: every run came down to the accuracy floor, and one class leads both with noise and without and holds "
@@ -67,9 +66,7 @@ class Unlearning:
 
         No batch holds a single image, which BatchNorm could not take.
         """
-        enough = len(clean) > 3 * self.batch_size
-        size = self.batch_size if enough else min(self.batch_size, max(SMALLEST_BATCH, math.ceil(len(clean) / 4)))
-        return clean.batches(size_without_single(len(clean), size), generator, AUGMENTATIONS[view])
+        return clean.batches(size_with_enough_steps(len(clean), self.batch_size), generator, AUGMENTATIONS[view])
 
     def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
         """Maximize the loss on clean images until the accuracy is gone.
@@ -99,7 +96,7 @@ class Unlearning:
             self.unlearn_epochs,
             name="unlearn",
             detail=detail,
-            milestones=(10, 20),
+            schedule=partial(MultiStepLR, milestones=[10, 20]),
             buffers=list(unlearned.buffers()),
             stop=lambda epoch: epoch.accuracy <= self.floor,
         )

@@ -1,0 +1,85 @@
+"""What a repaired model must satisfy before it is called repaired: checks that need no trigger."""
+
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.model import correct, logits
+from untrojan.record import Check, Diagnosis
+from untrojan.scan.inversion import universal
+from untrojan.scan.unlearning import UnlearningScanner
+
+_ROUNDING = 1e-9
+
+
+def within(drop: float, budget: float) -> bool:
+    """Tell whether a loss of accuracy stays within a budget, both as fractions."""
+    return drop <= budget + _ROUNDING
+
+
+def lost_accuracy(model: nn.Module, repaired: nn.Module, clean: CleanSet) -> float:
+    """Accuracy of the original less that of the repaired model on the same images, as a fraction."""
+    before, after = (correct(each, clean).double().mean() for each in (model, repaired))
+    return float(before - after)
+
+
+def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, held_out: bool) -> Check:
+    """The clean accuracy stays within the budget, image by image against the original.
+
+    Args:
+        before: Which images the original gets right: bool `(n,)`.
+        after: The same images for the repaired model.
+        lost: The loss of the delivered weights on all images, as a fraction.
+        budget: The accepted loss.
+        held_out: Whether nothing was fitted on these images.
+    """
+    drop = float(before.double().mean() - after.double().mean())
+    judged = "held-out images" if held_out else "the images that it was fitted on"
+    text = f"clean accuracy falls by {drop:.1%} on {judged}"
+    if held_out:
+        text += f", and by {lost:.1%} on all of them with the weights delivered"
+    passed = within(max(drop, lost), budget)
+    return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {budget:.1%}")
+
+
+def loses_label(repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
+    """Unlearn the repaired model: where the backdoor is gone, its label no longer stands out."""
+    name = "loses the suspected label"
+    again = UnlearningScanner(runs=2).scan(repaired, clean, seed)
+    if diagnosis.suspect is None or not again.targets:
+        return Check(name=name, passed=False, detail="unlearning left the numbers at once and says nothing")
+    share = next(target.score for target in again.targets if target.label == diagnosis.suspect)
+    allowed = _twice_fair(len(again.targets))
+    return Check(
+        name=name,
+        passed=again.targets[0].label != diagnosis.suspect and share <= allowed,
+        detail=(
+            f"unlearning the repaired model leaves {share:.0%} of the predictions with label {diagnosis.suspect}, "
+            f"{diagnosis.targets[0].score:.0%} before; accepted are {allowed:.0%}, twice a fair share, behind another "
+            "label"
+        ),
+    )
+
+
+def resists_perturbation(
+    model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int
+) -> Check:
+    """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
+    name = "resists a recovered perturbation"
+    label = diagnosis.suspect
+    if label is None or bool((clean.labels == label).all()):
+        return Check(name=name, passed=False, detail="there is no label to recover a perturbation into")
+    found = universal(model, clean, label, seed)
+    before, after = (found.success(each, clean, label) for each in (model, repaired))
+    allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    return Check(
+        name=name,
+        passed=after <= allowed,
+        detail=(
+            f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
+            f"original sends {after:.0%} there now; accepted are {allowed:.0%}, twice a fair share"
+        ),
+    )
+
+
+def _twice_fair(classes: int) -> float:
+    return min(0.5, 2 / classes)

@@ -1,0 +1,159 @@
+"""The base of the defenses that give every unit a score and prune the lowest."""
+
+from abc import abstractmethod
+from functools import partial
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.defenses.checks import lost_accuracy, within
+from untrojan.defenses.defense import Defense, Outcome
+from untrojan.mask import Cut, HeldOut, Mask, Unit, budget, curve_point, sweep
+from untrojan.model import correct
+from untrojan.record import Check, Diagnosis, Selection
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Pruning(Defense):
+    """Base of the defenses that prune by scores; authors write :meth:`score`.
+
+    Class variables say which kind of unit is pruned and which thresholds the curve shows.
+
+    Attributes:
+        variant: `fixed` or `released`; see Deviations. `released` scores on all images, so the curve shows the accuracy
+            on images that the scores know, and the rule must be `threshold` or `count`.
+        select: How many units to prune. `budget`: as many as the accepted loss of clean accuracy allows. `threshold`
+            and `count`: as many as asked for, to reproduce published results.
+        threshold: Prune units with a score at or below this, for `threshold`.
+        count: Prune this many units, lowest scores first, for `count`.
+        folds: Parts the images are cut into, so that scores made without a part are judged on it.
+    """
+
+    unit: ClassVar[Unit] = "neuron"
+    thresholds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(19))
+
+    variant: Literal["fixed", "released"] = "fixed"
+    select: Literal["budget", "threshold", "count"] = "budget"
+    threshold: float = 0.2
+    count: int = Field(default=20, ge=0)
+    folds: int = Field(default=2, ge=2)
+
+    @model_validator(mode="after")
+    def _need_a_rule(self) -> Self:
+        if self.variant == "released" and self.select == "budget":
+            raise ValueError("the released code has no such rule; give select threshold or count with it")
+        return self
+
+    @abstractmethod
+    def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
+        """Score every unit, without judging or pruning; the lowest are pruned first.
+
+        Args:
+            model: The network; it is not changed.
+            clean: The images to learn from.
+            seed: Decides everything random.
+            detail: Which of several rounds this is, for progress.
+        """
+
+    def _demands(self, scores: Mask, kept: Mask) -> list[Check]:
+        """What the method itself asks of a pruning."""
+        return []
+
+    def _level(self) -> float:
+        """The score at or below which `threshold` prunes."""
+        return self.threshold
+
+    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Outcome:
+        if self.select == "count":
+            Mask.ones(model, self.unit).count(self.count)  # refuses a count beyond the network before all the work
+        whole = self.score(model, clean, seed)
+        if not len(clean):
+            kept = whole.count(self.count) if self.select == "count" else whole.threshold(self._level())
+            nothing = torch.empty(0, dtype=torch.bool)
+            return Outcome(kept.bake(model), nothing, nothing, held_out=True, mask=whole, kept=kept)
+        parts = self._parts(model, clean, whole, seed)
+        before = torch.cat([correct(model, part.clean) for part in parts])
+        cuts = self._cuts(whole)
+        right = sweep(model, parts, cuts)
+        chosen = budget(right, before, self.budget) if self.select == "budget" else self._given()
+        if self.select == "budget":
+            chosen = self._affordable(model, clean, whole, cuts, chosen)
+        kept = whole.map(torch.ones_like) if chosen is None else cuts[chosen](whole)
+        checks = self._demands(whole, kept)
+        if chosen is None:
+            text = f"even the mildest pruning costs more clean accuracy than the accepted {self.budget:.1%}"
+            checks.append(Check(name="prunes within the budget", passed=False, detail=text))
+        return Outcome(
+            kept.bake(model),
+            before,
+            before if chosen is None else right[chosen],
+            self._cross_fits(),
+            checks,
+            Selection(
+                rule=self._rule(),
+                chosen=chosen,
+                curve=[curve_point(whole, cut(whole), before, row) for cut, row in zip(cuts, right, strict=True)],
+            ),
+            whole,
+            kept,
+        )
+
+    def _cross_fits(self) -> bool:
+        return self.variant == "fixed"
+
+    def _parts(self, model: nn.Module, clean: CleanSet, whole: Mask, seed: int) -> list[HeldOut]:
+        """Scores with the images to judge them on."""
+        if self.data_free or not self._cross_fits():
+            return [HeldOut(whole, clean)]
+        folds = clean.folds(self.folds, seed)
+        return [
+            HeldOut(self.score(model, rest, seed + number, f"without part {number} of {len(folds)}"), held)
+            for number, (rest, held) in enumerate(folds, start=1)
+        ]
+
+    def _cuts(self, scores: Mask) -> list[Cut]:
+        """Ways to prune, mildest first."""
+        if self.select == "threshold":
+            return [partial(Mask.threshold, threshold=each) for each in self._shown()]
+        if self.select == "count":
+            return [partial(Mask.count, count=self.count)]
+        counts, step = {scores.threshold(each).pruned for each in self.thresholds} - {0} or {1}, 1
+        while step < max(counts):
+            counts.add(step)
+            step = max(step + 1, round(step * 1.2))
+        return [partial(Mask.count, count=each) for each in sorted(counts)]
+
+    def _shown(self) -> list[float]:
+        return sorted({*self.thresholds, self._level()})
+
+    def _given(self) -> int:
+        return self._shown().index(self._level()) if self.select == "threshold" else 0
+
+    def _rule(self) -> str:
+        if self.select == "threshold":
+            return f"threshold: every {self.unit} with a score at or below {self._level():g}, as given"
+        if self.select == "count":
+            return f"count: the {self.count} {self.unit}s with the lowest scores, as given"
+        judged = (
+            "scores need no images"
+            if self.data_free
+            else f"scores made without one of {self.folds} parts are judged on it"
+        )
+        return (
+            f"budget: the most {self.unit}s, lowest scores first, before accuracy on held-out clean images falls by "
+            f"more than {self.budget:.1%}, paired; {judged}"
+        )
+
+    def _affordable(
+        self, model: nn.Module, clean: CleanSet, scores: Mask, cuts: list[Cut], chosen: int | None
+    ) -> int | None:
+        """Prune less than chosen where all images' scores cost more of their accuracy than the budget."""
+        while chosen is not None:
+            if within(lost_accuracy(model, cuts[chosen](scores).bake(model), clean), self.budget):
+                return chosen
+            chosen = chosen - 1 if chosen else None
+        return None

@@ -1,0 +1,123 @@
+"""The base of the defenses that train the weights on clean images."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
+from untrojan.defenses.defense import Defense, Outcome
+from untrojan.errors import UnreliableWarning
+from untrojan.fit import Fit, Step, fit
+from untrojan.model import correct
+from untrojan.record import Diagnosis
+
+AUGMENTATIONS = {"none": None, "crop-flip": crop_flip}
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Tuning(Defense):
+    """Base of the defenses that train on clean images; authors write :meth:`tune`.
+
+    A part of the images is held out, so that the result is judged on images that it was not trained on. Where that
+    would take away a class, as with one image per class, all images are trained on and a warning says so.
+
+    Attributes:
+        hold_out: Share of the images that are not trained on, in [0, 1).
+        batch_size: Images per step, at most; fewer where there are less than four batches of them.
+        augment: How images are varied in training: `none`, or `crop-flip`, a shift by up to 4 pixels and a mirror
+            image now and then, which is not right for all data (a mirrored traffic sign or digit is another one).
+    """
+
+    hold_out: float = Field(default=0.2, ge=0, lt=1)
+    batch_size: int = Field(default=128, ge=2)
+    augment: Literal["none", "crop-flip"] = "none"
+
+    @abstractmethod
+    def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
+        """Give the repaired model; `model` is a copy that may be changed in place, in whatever mode it is left.
+
+        Args:
+            model: The network.
+            clean: The images to train on.
+            held: The images to choose settings by, never to train on.
+            diagnosis: What the scan found.
+            seed: Decides everything random; torch's own random state is seeded too.
+        """
+
+    def batches(self, clean: CleanSet, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the images once, shuffled and augmented, in enough steps, never one of a single image."""
+        size = size_with_enough_steps(len(clean), self.batch_size)
+        return clean.batches(size, generator, AUGMENTATIONS[self.augment])
+
+    def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Outcome:
+        rest, held = _split(clean, self.hold_out, seed)
+        before = correct(model, held)
+        tuned = self.tune(model, rest, held, diagnosis, seed)
+        return Outcome(tuned, before, correct(tuned, held), held_out=held is not rest)
+
+
+def sgd_cosine(
+    model: nn.Module,
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    *,
+    lr: float,
+    epochs: int,
+    weight_decay: float = 0.0,
+    last_lr: float = 0.0,
+    nesterov: bool = False,
+    step: Step | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    project: Callable[[], object] | None = None,
+    name: str = "fine-tune",
+) -> Fit:
+    """Train by SGD with momentum 0.9 and a cosine schedule, in the mode that the model is in.
+
+    Args:
+        model: The network, changed in place.
+        batches: Called once per epoch for its batches.
+        lr: Learning rate at the beginning.
+        epochs: Passes over the data; 0 does nothing.
+        weight_decay: At least 0.
+        last_lr: Learning rate at the end.
+        nesterov: Whether the momentum is Nesterov's.
+        step: From images and labels to loss and logits; the cross-entropy of the model where it is not given.
+        parameters: What is trained; all of the model where it is not given.
+        project: Called after each update.
+        name: What the work is called in progress and timings.
+    """
+
+    def cross_entropy(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        out = model(images)
+        return functional.cross_entropy(out, labels), out
+
+    return fit(
+        list(model.parameters()) if parameters is None else parameters,
+        step or cross_entropy,
+        batches,
+        partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov),
+        epochs,
+        name=name,
+        schedule=partial(CosineAnnealingLR, T_max=max(epochs, 1), eta_min=last_lr),
+        buffers=list(model.buffers()),
+        project=project,
+    )
+
+
+def _split(clean: CleanSet, share: float, seed: int) -> tuple[CleanSet, CleanSet]:
+    """What to train on and what to judge by: the same images where too few can be held out."""
+    if share:
+        rest, held = clean.split(share, seed)
+        if set(rest.labels.tolist()) == set(clean.labels.tolist()):
+            return rest, held
+        text = "too few images to hold any out: the accuracy after is measured on the images that were trained on"
+        warnings.warn(UnreliableWarning(text), stacklevel=2)
+    return clean, clean
