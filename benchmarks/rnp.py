@@ -11,98 +11,22 @@ trigger measures the result and every other point of the same pruning order, so 
 
 import argparse
 import json
-import statistics
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
+from cases import CASES, SHARED, Case, measure, test_set, triple
 
 import untrojan
-from untrojan.lab.attack import Attack
-from untrojan.lab.evaluate import evaluate
 from untrojan.mask import Mask
 from untrojan.record import write_atomic
-from untrojan.registry import parse
 from untrojan.sources.files import Checkpoint
 
-SHARED = Path("../shared")
 RECORDS = Path("benchmarks/records/rnp")
-TRIGGERS = SHARED / "checkpoints" / "triggers"
 SAMPLES = 500
 BUDGET = 0.02
 VARIANTS = {"fixed": untrojan.RNP(), "released": untrojan.RNP(variant="released", select="threshold", threshold=0.2)}
-
-
-class Case(NamedTuple):
-    """A published checkpoint, and what its publisher says of its backdoor."""
-
-    file: str
-    net: str
-    train: str
-    test: str
-    attack: str
-    target: int
-    reference: dict[float, tuple[float, float]]  # threshold -> ACC, ASR of the published code, one seed
-
-
-CASES = {
-    "cifar10-badnets": Case(
-        "ibau-cifar10-badnets-t8.pth",
-        "small-vgg:classes=10",
-        "cifar10/train-lossless.parquet",
-        "cifar10/test-lossless.parquet",
-        "badnets:size=4,row=27,col=27,value=1",
-        8,
-        {0.2: (0.594, 0.012), 0.5: (0.222, 0.0)},
-    ),
-    "cifar10-trojan_sq": Case(
-        "ibau-cifar10-trojan_sq-t2.pth",
-        "small-vgg:classes=10",
-        "cifar10/train-lossless.parquet",
-        "cifar10/test-lossless.parquet",
-        f"additive:image={TRIGGERS / 'trojan_sq.png'}",
-        2,
-        {0.2: (0.529, 0.212), 0.5: (0.108, 0.0)},
-    ),
-    "cifar10-l0_inv": Case(
-        "ibau-cifar10-l0_inv-t0.pth",
-        "small-vgg:classes=10",
-        "cifar10/train-lossless.parquet",
-        "cifar10/test-lossless.parquet",
-        f"masked:image={TRIGGERS / 'l0_inv.png'},mask={TRIGGERS / 'l0_inv_mask.npy'}",
-        0,
-        {0.2: (0.357, 0.397), 0.5: (0.108, 0.0)},
-    ),
-    "cifar10-grid": Case(
-        "abl-cifar10-grid-t0.tar",
-        "wrn-16-1:classes=10",
-        "cifar10/train-lossless.parquet",
-        "cifar10/test-lossless.parquet",
-        "badnets:pattern=grid",
-        0,
-        {0.2: (0.664, 0.0), 0.5: (0.477, 0.0)},
-    ),
-    "gtsrb-badnets": Case(
-        "ibau-gtsrb-badnets-t8.pth",
-        "small-vgg:classes=43",
-        "gtsrb/train.parquet",
-        "gtsrb/test.parquet",
-        "badnets:size=4,row=27,col=27,value=1",
-        8,
-        {0.2: (0.778, 0.860), 0.5: (0.376, 0.0)},
-    ),
-    "gtsrb-trojan_wm": Case(
-        "ibau-gtsrb-trojan_wm-t2.pth",
-        "small-vgg:classes=43",
-        "gtsrb/train.parquet",
-        "gtsrb/test.parquet",
-        f"additive:image={TRIGGERS / 'trojan_wm.png'}",
-        2,
-        {0.2: (0.956, 0.782), 0.5: (0.442, 0.0)},
-    ),
-}
 
 
 def run_cell(case: Case, variant: str, seed: int) -> dict[str, Any]:
@@ -112,33 +36,20 @@ def run_cell(case: Case, variant: str, seed: int) -> dict[str, Any]:
     clean = untrojan.CleanSet.load(SHARED / "data" / case.train, samples=SAMPLES, seed=seed)
     repair = VARIANTS[variant].repair(model, clean, seed=seed, source=source)
 
-    test = untrojan.CleanSet.load(SHARED / "data" / case.test)
-    test = test.take(range(min(len(test), 1500)))
-    attack = parse(case.attack, "untrojan.lab.attacks", Attack)
+    test = test_set(case)
     layers = {f"{layer.name}.weight": torch.tensor(layer.values) for layer in repair.record.layers}
     scores = Mask(layers, "neuron")
     curve = repair.record.selection.curve if repair.record.selection else []
-    counts = sorted({point.pruned for point in curve if point.drop <= 0.15})
+    counts = sorted({point.pruned for point in curve if point.drop <= 2 * BUDGET}) if variant == "fixed" else []
     record = json.loads(repair.record.to_json())
     del record["layers"]
     return {
         "record": record,
-        "before": measure(model, test, attack, case.target),
-        "chosen": measure(repair.model, test, attack, case.target),
-        "thresholds": {
-            str(each): measure(scores.threshold(each).bake(model), test, attack, case.target)
-            for each in (0.0, 0.2, 0.5)
-        },
-        "curve": [
-            {"pruned": each} | measure(scores.count(each).bake(model), test, attack, case.target) for each in counts
-        ],
+        "before": measure(model, test, case),
+        "chosen": measure(repair.model, test, case),
+        "thresholds": {str(each): measure(scores.threshold(each).bake(model), test, case) for each in (0.0, 0.2, 0.5)},
+        "curve": [{"pruned": each} | measure(scores.count(each).bake(model), test, case) for each in counts],
     }
-
-
-def measure(model: nn.Module, test: untrojan.CleanSet, attack: Attack, target: int) -> dict[str, float]:
-    """ACC, ASR and RA as fractions."""
-    scores = evaluate(model, test, attack, target)
-    return {name: getattr(scores, name).value for name in ("acc", "asr", "ra")}
 
 
 def oracle(cell: dict[str, Any]) -> dict[str, float]:
@@ -199,8 +110,9 @@ def fixed_row(name: str, case: Case, group: list[dict[str, Any]]) -> str:
 def released_row(name: str, case: Case, group: list[dict[str, Any]]) -> str:
     """One checkpoint under the published settings."""
     columns = []
-    for threshold, (acc, asr) in case.reference.items():
-        columns += [triple([cell["thresholds"][str(threshold)] for cell in group]), f"{acc:.1%} / {asr:.1%}"]
+    for threshold in ("0.2", "0.5"):
+        acc, asr, ra = case.reference[f"rnp t={threshold}"]
+        columns += [triple([cell["thresholds"][threshold] for cell in group]), f"{acc:.1%} / {asr:.1%} / {ra:.1%}"]
     return f"| {name} | {named(case, group)} | {' | '.join(columns).replace('%', '')} |"
 
 
@@ -208,13 +120,6 @@ def named(case: Case, group: list[dict[str, Any]]) -> str:
     """On how many seeds the target was named."""
     right = sum(cell["record"]["diagnosis"]["targets"][0]["label"] == case.target for cell in group)
     return f"{right} of {len(group)}"
-
-
-def triple(scores: list[dict[str, float]]) -> str:
-    """Means of ACC, ASR and RA in percent, and the spread of ACC and ASR where there are several seeds."""
-    means = [statistics.mean(score[key] for score in scores) for key in ("acc", "asr", "ra")]
-    spread = [statistics.stdev(s[key] for s in scores) if len(scores) > 1 else 0.0 for key in ("acc", "asr", "ra")]
-    return " / ".join(f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in zip(means, spread, strict=True))
 
 
 def main() -> None:

@@ -62,24 +62,33 @@ class Stub(Defense):
             raise KeyboardInterrupt
         if self.end == "bug":
             raise ZeroDivisionError("oops")
-        warnings.warn(UnreliableWarning("this stands on little"), stacklevel=2)
         before = correct(model, clean)
-        found = Diagnosis(
-            verdict="not_found" if self.end == "nothing_to_repair" else "found",
-            rule="as told",
-            targets=[Target(label=1, score=0.9), Target(label=0, score=0.1)],
-            runs=[],
-        )
-        if self.end != "nothing_to_repair":
-            with torch.no_grad():
-                next(model.parameters())[0] = 0
+        with torch.no_grad():
+            next(model.parameters())[0] = 0
         checks = [Check(name="told", passed=self.end != "failed", detail="as it was told")]
-        return Outcome(model, before, before, True, checks, found)
+        return Outcome(model, before, before, True, checks)
+
+    def _checks(self, model, outcome, clean, diagnosis, seed):
+        return outcome.checks
+
+    def __post_init__(self):
+        verdict = "not_found" if self.end == "nothing_to_repair" else "found"
+        targets = [Target(label=1, score=0.9), Target(label=0, score=0.1)]
+        LOOKS.append(Diagnosis(verdict=verdict, rule="as told", targets=targets, runs=[]))
+
+
+LOOKS = []
+
+
+def look(*_):
+    warnings.warn(UnreliableWarning("this stands on little"), stacklevel=2)
+    return LOOKS[-1]
 
 
 @pytest.fixture
 def stub(monkeypatch):
     monkeypatch.setattr(untrojan.cli.repair, "discover", lambda *_: {"stub": Stub})
+    monkeypatch.setattr(untrojan.defenses.defense, "_look", look)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +286,7 @@ BAD_INPUT = {
     "net unknown": (lambda at, site: {"net": "resnet"}, 4, ["unknown net 'resnet'", "resnet18"]),
     "net argument unknown": (lambda at, site: {"net": f"{NET}:width=2"}, 4, ["width", "classes: int = 10"]),
     "net not importable": (lambda at, site: {"net": "no_such_module:make"}, 4, ["no_such_module", "importable"]),
-    "method unknown": (lambda at, site: {"options": ("--method", "rpn")}, 4, ["'rpn'", "expected one of rnp"]),
+    "method unknown": (lambda at, site: {"options": ("--method", "rpn")}, 4, ["'rpn'", "rnp"]),
     "method empty": (lambda at, site: {"options": ("--method=",)}, 4, ["''", "rnp"]),
     "method without name": (lambda at, site: {"options": ("--method",)}, 4, ["--method", "requires an argument"]),
     "last method counts": (lambda at, site: {"options": ("--method", "rnp", "--method=x")}, 4, ["'x'"]),
@@ -647,9 +656,15 @@ def bfloat(state):
     return {name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()}
 
 
+def double(state):
+    """As another framework may have trained it: with digits that float32 does not hold."""
+    return {name: value.double() * (1 + 1e-12) if value.is_floating_point() else value for name, value in state.items()}
+
+
 CONTAINERS = {
     "half precision": half,
     "bfloat16": bfloat,
+    "float64": double,
     "prefixed": lambda state: {f"module.{name}": value for name, value in state.items()},
     "nested": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3},
     "without counters": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
@@ -798,6 +813,11 @@ def test_methods_are_listed(talk):
         assert all(field["help"] and field["type"] for field in card["fields"])
 
 
+def squashed(text):
+    """Without spaces, because help wraps at hyphens too."""
+    return "".join(text.split())
+
+
 @pytest.mark.parametrize("method", discover("untrojan.defenses", Defense))
 def test_help_lists_every_option_of_the_method_with_its_default(talk, method):
     code, out, err = talk(["repair", "--method", method, "--help"])
@@ -808,7 +828,7 @@ def test_help_lists_every_option_of_the_method_with_its_default(talk, method):
     for field in fields(discover("untrojan.defenses", Defense)[method]):
         option = own.partition(f"--{field.name.replace('_', '-')} ")[2].partition(" --")[0]
         assert f"[default: {field.default}]" in option
-        assert " ".join(field.help.replace("`", "").split()) in option
+        assert squashed(field.help.replace("`", "")) in squashed(option)
 
 
 @pytest.mark.parametrize("verb", ["repair", "evaluate", "restore", "methods"])

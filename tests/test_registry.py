@@ -9,10 +9,11 @@ import pytest
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from untrojan.defenses.defense import Defense
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.badnets import BadNets
-from untrojan.registry import describe, discover, fields, make, parse
+from untrojan.registry import describe, discover, documentation, fields, make, parse
 
 
 class Cook(ABC):
@@ -188,6 +189,74 @@ def test_fields_give_types_defaults_and_help():
 
 @pytest.mark.parametrize("cls", discover("untrojan.lab.attacks", Attack).values())
 def test_every_field_of_every_attack_has_help(cls):
+    assert all(field.help for field in fields(cls))
+
+
+class Told(Cook):
+    """Told: cook
+    whatever there is.
+
+    First paragraph,
+    on two lines.
+
+    Cost: not a section, but text with a colon at its end:
+
+    Attributes:
+        salt: How much.
+
+    Needs:
+        Time,
+        and water.
+
+    References:
+        One, Two: A title that goes on
+        over two lines. Journal 2020.
+
+        Three: Another one, arXiv:1.2.
+        Four, Five: The last, 2022.
+
+    Deviations:
+        Here:
+
+        * one
+          thing
+    """
+
+    def cook(self): ...
+
+
+def test_documentation_takes_the_docstring_apart():
+    told = documentation(Told)
+    assert told.summary == "Told: cook"
+    assert told.text.startswith("whatever there is.\n\nFirst paragraph,\non two lines.\n\nCost: not a section")
+    assert list(told.sections) == ["Attributes", "Needs", "References", "Deviations"]
+    assert told.sections["Attributes"] == "salt: How much."
+    assert told.sections["Needs"].startswith("Time,\nand water.")
+    assert told.sections["Deviations"] == "Here:\n\n* one\n  thing"
+    assert told.line("Attributes") == "salt: How much."
+    assert told.line("Cost") == ""
+    assert told.references == [
+        "One, Two: A title that goes on over two lines. Journal 2020.",
+        "Three: Another one, arXiv:1.2.",
+        "Four, Five: The last, 2022.",
+    ]
+
+
+def test_documentation_of_what_is_not_documented():
+    class Silent(Told):
+        pass
+
+    assert documentation(Silent) == ("", "", {})
+    assert documentation(Silent).references == []
+
+
+@pytest.mark.parametrize("cls", discover("untrojan.defenses", Defense).values())
+def test_every_defense_says_what_its_users_must_know(cls):
+    told = documentation(cls)
+    assert told.summary.endswith(".")
+    assert told.text
+    assert all(told.line(section) for section in ("Needs", "Cost", "Example", "References", "Deviations"))
+    assert all(reference.endswith(".") for reference in told.references)
     assert all(field.help for field in fields(cls))
 
 

@@ -27,8 +27,24 @@ if TYPE_CHECKING:
     from torch import nn
 
     from untrojan.data import CleanSet
+    from untrojan.defenses.anp import ANP
+    from untrojan.defenses.awm import AWM
+    from untrojan.defenses.bnp import BNP
+    from untrojan.defenses.clp import CLP
     from untrojan.defenses.defense import Defense, Repair
+    from untrojan.defenses.fine_pruning import FinePruning
+    from untrojan.defenses.fine_tuning import FineTuning
+    from untrojan.defenses.fmp import FMP
+    from untrojan.defenses.ft_sam import FTSAM
+    from untrojan.defenses.ibau import IBAU
+    from untrojan.defenses.nad import NAD
+    from untrojan.defenses.neural_cleanse import NeuralCleanse
+    from untrojan.defenses.nft import NFT
+    from untrojan.defenses.npd import NPD
     from untrojan.defenses.rnp import RNP
+    from untrojan.defenses.sau import SAU
+    from untrojan.defenses.tsbd import TSBD
+    from untrojan.defenses.ulrl import ULRL
     from untrojan.lab.evaluate import Scores, evaluate
     from untrojan.model import Normalize, check
     from untrojan.record import Diagnosis, Record
@@ -38,14 +54,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ANP": "untrojan.defenses.anp",
+    "AWM": "untrojan.defenses.awm",
+    "BNP": "untrojan.defenses.bnp",
+    "CLP": "untrojan.defenses.clp",
     "CleanSet": "untrojan.data",
     "Defense": "untrojan.defenses.defense",
     "Diagnosis": "untrojan.record",
+    "FMP": "untrojan.defenses.fmp",
+    "FTSAM": "untrojan.defenses.ft_sam",
+    "FinePruning": "untrojan.defenses.fine_pruning",
+    "FineTuning": "untrojan.defenses.fine_tuning",
+    "IBAU": "untrojan.defenses.ibau",
+    "NAD": "untrojan.defenses.nad",
+    "NFT": "untrojan.defenses.nft",
+    "NPD": "untrojan.defenses.npd",
+    "NeuralCleanse": "untrojan.defenses.neural_cleanse",
     "Normalize": "untrojan.model",
     "RNP": "untrojan.defenses.rnp",
     "Record": "untrojan.record",
     "Repair": "untrojan.defenses.defense",
+    "SAU": "untrojan.defenses.sau",
     "Scores": "untrojan.lab.evaluate",
+    "TSBD": "untrojan.defenses.tsbd",
+    "ULRL": "untrojan.defenses.ulrl",
     "UnlearningScanner": "untrojan.scan.unlearning",
     "check": "untrojan.model",
     "evaluate": "untrojan.lab.evaluate",
@@ -53,19 +85,35 @@ _HOMES = {
 }
 
 __all__ = [
+    "ANP",
+    "AWM",
+    "BNP",
+    "CLP",
     "CleanSet",
     "ConfigError",
     "DataError",
     "Defense",
     "Diagnosis",
+    "FMP",
+    "FTSAM",
+    "FinePruning",
+    "FineTuning",
+    "IBAU",
     "ModelError",
+    "NAD",
+    "NFT",
+    "NPD",
+    "NeuralCleanse",
     "NoEffectWarning",
     "Normalize",
     "RNP",
     "Record",
     "RecordError",
     "Repair",
+    "SAU",
     "Scores",
+    "TSBD",
+    "ULRL",
     "UnlearningScanner",
     "UnreliableWarning",
     "UnsafeFileError",

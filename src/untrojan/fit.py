@@ -108,7 +108,7 @@ def fit(
                 tally.add(loss, logits, labels)
             else:
                 loss = 0.0
-            if not (math.isfinite(loss) and all(parameter.isfinite().all() for parameter in parameters)):
+            if not (math.isfinite(loss) and all(each.isfinite().all() for each in (*parameters, *buffers))):
                 _put_back((*parameters, *buffers), start)
                 text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)

@@ -10,11 +10,10 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import correct, mode, tapped
+from untrojan.model import call_with, correct, mode, tapped
 from untrojan.progress import stage
 from untrojan.record import CurvePoint
 
@@ -91,34 +90,21 @@ class Mask:
         """Apply a function to the multipliers of each layer."""
         return type(self)({name: change(value) for name, value in self.values.items()}, self.unit)
 
-    def call(self, model: nn.Module, images: Tensor) -> Tensor:
+    def call(self, model: nn.Module, images: Tensor, follow: bool = False) -> Tensor:
         """Run the masked network: what :meth:`bake` would compute, with gradients reaching the multipliers.
 
-        The network is not changed, nor are its running statistics, in training mode either.
-
         Args:
-            model: The network, in the mode wanted.
+            model: The network, in the mode wanted; it is not changed.
             images: `(N, C, H, W)` in [0, 1].
+            follow: Whether the network's running statistics, in training mode, follow the masked one.
 
         Returns:
             Logits `(N, K)`.
         """
-        parameters = dict(model.named_parameters())
-        changed = {id(parameters[name]): value for name, value in self._masked(model).items()}
-        if any(module.training for module in model.modules()):
-            changed |= {id(buffer): buffer.clone() for buffer in model.buffers()}
-        # A tensor that several layers share is given to each; torch's own tie_weights leaves its values in a layer that
-        # has two names (pytorch issue 164759).
-        state = {
-            name: changed[id(tensor)]
-            for prefix, module in model.named_modules()
-            for name, tensor in (
-                *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
-                *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
-            )
-            if id(tensor) in changed
-        }
-        return functional_call(model, state, (images,), tie_weights=False)
+        changed = self._masked(model)
+        if not follow and any(module.training for module in model.modules()):
+            changed |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return call_with(model, images, changed)
 
     def bake(self, model: nn.Module) -> nn.Module:
         """Fold the multipliers into a copy of the network; the architecture and the names stay the same."""

@@ -5,12 +5,13 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UntrojanError
@@ -115,7 +116,40 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def logits(model: nn.Module, clean: CleanSet, batch_size: int = 256) -> Tensor:
+def call_with(model: nn.Module, images: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Run a network with other parameters and buffers than its own; it is not rewritten.
+
+    A tensor that several layers share is replaced in each of them; torch's own tie_weights leaves its values in a layer
+    that has two names (pytorch issue 164759). Buffers that are not replaced are written to in training mode.
+
+    Args:
+        model: The network, in the mode wanted.
+        images: `(N, C, H, W)` in [0, 1].
+        values: What to use instead, by the name of the parameter or buffer, in its shape.
+
+    Returns:
+        Logits `(N, K)`, with gradients reaching the values.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> call_with(net, torch.rand(1, 1, 2, 2), {"1.weight": torch.zeros(2, 4), "1.bias": torch.ones(2)})
+        tensor([[1., 1.]])
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    replaced = {id(own[name]): value for name, value in values.items()}
+    state = {
+        name: replaced[id(tensor)]
+        for prefix, module in model.named_modules()
+        for name, tensor in (
+            *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        )
+        if id(tensor) in replaced
+    }
+    return functional_call(model, state, (images,), tie_weights=False)
+
+
+def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
     """Run the model over a set in evaluation mode, without gradients and without changing it.
 
     Args:

@@ -350,7 +350,8 @@ def _open_saved(path: Path) -> Rows:
 
 
 def _open_hub(source: str) -> Rows:
-    if not _HUB_ID.fullmatch(source) or source.lower().endswith((".parquet", ".npz")):
+    in_a_folder = "/" in source and Path(source).parent.is_dir()
+    if in_a_folder or not _HUB_ID.fullmatch(source) or source.lower().endswith((".parquet", ".npz")):
         raise DataError(f"no such file or folder: {source}")
     import datasets
 

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +33,28 @@ class FieldInfo(NamedTuple):
     annotation: Any
     default: Any
     help: str
+
+
+class Documentation(NamedTuple):
+    """The docstring of a method, taken apart.
+
+    `summary` is its first line and `text` the paragraphs behind it; `sections` are those of Google style, such as
+    `Needs`, by name and without their indentation.
+    """
+
+    summary: str
+    text: str
+    sections: dict[str, str]
+
+    def line(self, section: str) -> str:
+        """Give a section on one line, empty where there is none."""
+        return " ".join(self.sections.get(section, "").split())
+
+    @property
+    def references(self) -> list[str]:
+        """The papers, each on one line; one ends where a line of `References` ends in a period."""
+        entries = re.split(r"(?<=\.)\n+", self.sections.get("References", ""))
+        return [" ".join(entry.split()) for entry in entries if entry]
 
 
 def discover(package: str, base: type[T]) -> dict[str, type[T]]:
@@ -166,6 +189,33 @@ def describe(instance: object) -> dict[str, Any]:
         {'pattern': 'square', 'size': 4, 'row': None, 'col': None, 'value': 1.0}
     """
     return TypeAdapter(type(instance)).dump_python(instance, mode="json")
+
+
+def documentation(cls: type) -> Documentation:
+    r"""Take the docstring of a method apart; sections that it inherits do not count.
+
+    Args:
+        cls: The method's class.
+
+    Example:
+        >>> class Stew:
+        ...     '''Slow food.
+        ...
+        ...     Cooked for hours.
+        ...
+        ...     Needs:
+        ...         A pot
+        ...         with a lid.
+        ...     '''
+        >>> documentation(Stew)
+        Documentation(summary='Slow food.', text='Cooked for hours.', sections={'Needs': 'A pot\nwith a lid.'})
+        >>> documentation(Stew).line("Needs")
+        'A pot with a lid.'
+    """
+    told, *parts = re.split(r"^(\w+):\n(?=[ \n])", inspect.cleandoc(cls.__doc__ or ""), flags=re.MULTILINE)
+    summary, _, text = told.partition("\n")
+    sections = {name: textwrap.dedent(part).strip("\n") for name, part in zip(parts[::2], parts[1::2], strict=True)}
+    return Documentation(summary.strip(), text.strip(), sections)
 
 
 def _modules(package: str) -> Iterator[ModuleType]:

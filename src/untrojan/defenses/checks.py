@@ -41,7 +41,7 @@ def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, he
     return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {budget:.1%}")
 
 
-def loses_label(repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
+def loses_label(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """Unlearn the repaired model: where the backdoor is gone, its label no longer stands out."""
     name = "loses the suspected label"
     again = UnlearningScanner(runs=2).scan(repaired, clean, seed)

@@ -229,18 +229,15 @@ class Defense(ABC):
     def _checks(
         self, model: nn.Module, outcome: Outcome, clean: CleanSet, diagnosis: Diagnosis, seed: int
     ) -> list[Check]:
-        """What the method asks and what is asked of all; the dear check only where the others pass."""
+        """What the method asks and what is asked of all; the dear checks only where those before them pass."""
         if not len(clean):
             text = "there are no clean images to verify the result on"
             return [*outcome.checks, Check(name="is verified", passed=False, detail=text)]
         lost = lost_accuracy(model, outcome.model, clean)
-        checks = [
-            keeps_accuracy(outcome.before, outcome.after, lost, self.budget, outcome.held_out),
-            *outcome.checks,
-            loses_label(outcome.model, clean, diagnosis, seed),
-        ]
-        if all(check.passed for check in checks):
-            checks.append(resists_perturbation(model, outcome.model, clean, diagnosis, seed))
+        checks = [keeps_accuracy(outcome.before, outcome.after, lost, self.budget, outcome.held_out), *outcome.checks]
+        for dear in (loses_label, resists_perturbation):
+            if all(check.passed for check in checks):
+                checks.append(dear(model, outcome.model, clean, diagnosis, seed))
         return checks
 
 

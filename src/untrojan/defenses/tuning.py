@@ -17,7 +17,8 @@ from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import Fit, Step, fit
-from untrojan.model import correct
+from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
+from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis
 
 AUGMENTATIONS = {"none": None, "crop-flip": crop_flip}
@@ -110,6 +111,47 @@ def sgd_cosine(
         buffers=list(model.buffers()),
         project=project,
     )
+
+
+def gradients(loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Give the gradient by each of the weights; zeros where the loss does not depend on them."""
+    return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+
+
+def moved(model: nn.Module, images: Tensor, moves: Sequence[Tensor]) -> Tensor:
+    """Run a network as if its weights were elsewhere; neither they nor its running statistics change.
+
+    Args:
+        model: The network, in the mode wanted.
+        images: `(N, C, H, W)` in [0, 1].
+        moves: What is added to each of `model.parameters()`.
+
+    Returns:
+        Logits `(N, K)`, with gradients reaching the weights.
+    """
+    elsewhere = {name: w + move for (name, w), move in zip(model.named_parameters(), moves, strict=True)}
+    return call_with(model, images, elsewhere | {name: value.clone() for name, value in model.named_buffers()})
+
+
+def boldest(model: nn.Module, scores: Mask, cuts: Sequence[Cut], held: CleanSet, drop: float) -> Mask:
+    """Prune as much as held-out images allow before fine-tuning.
+
+    Args:
+        model: The network to prune; it is not changed.
+        scores: What the cuts go by.
+        cuts: Ways to prune, mildest first.
+        held: Images to judge by, compared with the original image by image.
+        drop: Accepted loss of accuracy, as a fraction.
+
+    Returns:
+        Zeros where a weight is pruned and ones elsewhere: the last cut before accuracy first falls by more than `drop`.
+    """
+    chosen = budget(sweep(model, [HeldOut(scores, held)], cuts), correct(model, held), drop)
+    if chosen is None:
+        text = f"nothing is pruned: even the mildest pruning costs more clean accuracy than the accepted {drop:.1%}"
+        warnings.warn(UnreliableWarning(text), stacklevel=2)
+        return scores.map(torch.ones_like)
+    return cuts[chosen](scores)
 
 
 def _split(clean: CleanSet, share: float, seed: int) -> tuple[CleanSet, CleanSet]:

@@ -54,7 +54,7 @@ def evaluate(
     attack: Attack | None = None,
     target: Target | None = None,
     before: Scores | None = None,
-    batch_size: int = 256,
+    batch_size: int = 100,
 ) -> Scores:
     """Measure a model on clean images and, where an attack is given, on the same images with its trigger.
 

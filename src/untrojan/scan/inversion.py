@@ -30,7 +30,7 @@ class Perturbation(NamedTuple):
         """Share of the images of other classes that get `label` with the perturbation on."""
         hits = total = 0
         with mode(model, training=False), torch.no_grad():
-            for images, labels in clean.batches(256):
+            for images, labels in clean.batches(100):
                 others = labels != label
                 hits += int((model((images + self.values).clamp(0, 1)).argmax(1)[others] == label).sum())
                 total += int(others.sum())

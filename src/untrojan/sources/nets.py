@@ -207,7 +207,7 @@ class VGG16(nn.Sequential):
         before = channels
         for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for planes in (before, *[width] * (depth - 1)):
-                layers += [nn.Conv2d(planes, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [nn.Conv2d(planes, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             layers.append(nn.MaxPool2d(2))
             before = width
         super().__init__()
@@ -232,7 +232,7 @@ class DigitsCNN(nn.Sequential):
     def __init__(self, classes: int = 10, channels: int = 1) -> None:
         layers: list[nn.Module] = []
         for planes, width in ((channels, 16), (16, 32), (32, 64)):
-            layers += [nn.Conv2d(planes, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(planes, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         super().__init__()
         self.features = nn.Sequential(*layers[:6], nn.MaxPool2d(2), *layers[6:])
         self.pool = nn.AdaptiveAvgPool2d(1)

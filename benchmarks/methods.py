@@ -1,0 +1,211 @@
+"""Every method on models that other people trained and poisoned, with 500 clean images and with one per class.
+
+Every cell (method x checkpoint x setting x seed) is one JSON under `benchmarks/records/methods`, made in a process of
+its own; cells that are there are not run again. The model is scanned once per checkpoint, setting and seed, and every
+method gets that diagnosis, so seconds are those of the method and its checks alone. Only after the repair, in this
+script, the known trigger measures the result.
+
+    python benchmarks/methods.py --jobs 2                # run what is missing, then write benchmarks/methods.md
+    python benchmarks/methods.py --methods clp bnp       # fewer
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cases import CASES, SHARED, Case, measure, test_set, triple
+
+import untrojan
+from untrojan.defenses.defense import Defense
+from untrojan.record import Diagnosis, peak_memory, write_atomic
+from untrojan.registry import discover, make
+from untrojan.sources.files import Checkpoint
+
+RECORDS = Path("benchmarks/records/methods")
+SETTINGS: dict[str, dict[str, int]] = {"500 images": {"samples": 500}, "one-shot": {"samples_per_class": 1}}
+METHODS = discover("untrojan.defenses", Defense)
+
+
+class Cell(NamedTuple):
+    """One repair."""
+
+    method: str
+    case: str
+    setting: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where its record is."""
+        return RECORDS / self.setting.replace(" ", "-") / f"{self.method}-{self.case}-{self.seed}.json"
+
+
+def run(cell: Cell) -> None:
+    """Repair one checkpoint with clean images alone, then measure the result with the known trigger."""
+    case = CASES[cell.case]
+    source = Checkpoint.read(SHARED / "checkpoints" / case.file)
+    model = untrojan.load(source, case.net)
+    clean = untrojan.CleanSet.load(SHARED / "data" / case.train, **SETTINGS[cell.setting], seed=cell.seed)
+    diagnosis = diagnose(cell, model, clean)
+    one_shot = getattr(METHODS[cell.method], "one_shot", None) if cell.setting == "one-shot" else None
+    method = one_shot() if one_shot else make(METHODS[cell.method], {})
+    start = time.perf_counter()
+    repair = method.repair(model, clean, diagnosis, cell.seed, source)
+    seconds, memory = time.perf_counter() - start, peak_memory()
+    record = json.loads(repair.record.to_json())
+    for long in ("layers", "diagnosis"):
+        del record[long]
+    test = test_set(case)
+    result = {
+        "record": record,
+        "label": diagnosis.suspect,
+        "before": measure(model, test, case),
+        "after": measure(repair.model, test, case),
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+    }
+    write(cell.path, result)
+    print(*cell, record["status"], *(f"{100 * value:.1f}" for value in result["after"].values()), f"{seconds:.0f} s")
+
+
+def diagnose(cell: Cell, model: Any, clean: untrojan.CleanSet) -> Diagnosis:
+    """What the scan says, kept for the other methods."""
+    path = RECORDS / "scans" / cell.setting.replace(" ", "-") / f"{cell.case}-{cell.seed}.json"
+    if not path.exists():
+        diagnosis = untrojan.UnlearningScanner().scan(model, clean, cell.seed)
+        write(path, diagnosis.model_dump())
+    return Diagnosis.model_validate_json(path.read_text())
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def in_a_process(cell: Cell) -> None:
+    """Run a cell on one thread in a process of its own; a cell that fails is told and left out."""
+    command = [sys.executable, __file__, "--cell", *map(str, cell)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
+
+
+def table(setting: str) -> Iterator[str]:
+    """One setting as Markdown."""
+    cells = {(m, c): load(setting, m, c) for m in METHODS for c in CASES}
+    yield f"\n## {setting}\n"
+    yield f"| method | {' | '.join(CASES)} | seconds | peak memory |"
+    yield f"|---|{'---|' * len(CASES)}---|---|"
+    everything = [cell for group in cells.values() for cell in group]
+    if not everything:
+        return
+    yield row("none", [[cell["before"] for m in METHODS for cell in cells[m, c]][:1] for c in CASES], [])
+    for method in METHODS:
+        groups = [cells[method, c] for c in CASES]
+        if any(groups):
+            yield row(
+                method,
+                [[cell["after"] for cell in group] for group in groups],
+                [cell for group in groups for cell in group],
+            )
+    for method in sorted({name for case in CASES.values() for name in case.reference} if "500" in setting else []):
+        yield reference(method)
+
+
+def row(name: str, groups: list[list[dict[str, float]]], cells: list[dict[str, Any]]) -> str:
+    shown = [f"{triple(group)} ({len(group)})" if len(group) > 1 else one(group) for group in groups]
+    cost = ["", ""]
+    if cells:
+        cost = [
+            f"{statistics.median(cell['seconds'] for cell in cells):.0f}",
+            f"{max(cell['peak_memory_bytes'] for cell in cells) / 2**20:,.0f} MiB",
+        ]
+    return f"| {name} | {' | '.join([*shown, *cost])} |"
+
+
+def one(group: list[dict[str, float]]) -> str:
+    return " / ".join(f"{100 * group[0][key]:.1f}" for key in ("acc", "asr", "ra")) if group else ""
+
+
+def reference(method: str) -> str:
+    def shown(case: Case) -> str:
+        return " / ".join(f"{100 * value:.1f}" for value in case.reference.get(method, ()))
+
+    return f"| *{method}, authors' code* | {' | '.join(map(shown, CASES.values()))} | | |"
+
+
+def statuses(setting: str) -> Iterator[str]:
+    """What each method says of its own results, and whether that was right."""
+    yield f"\n## What the checks say, {setting}\n"
+    yield "| method | repaired | of these ASR above 10 % | failed | of these ASR at most 5 % and ACC within 2 points |"
+    yield "|---|---|---|---|---|"
+    for method in METHODS:
+        cells = [cell for case in CASES for cell in load(setting, method, case)]
+        good = [cell for cell in cells if cell["record"]["status"] == "repaired"]
+        bad = [cell for cell in cells if cell["record"]["status"] == "failed"]
+        wrong = sum(cell["after"]["asr"] > 0.1 for cell in good)
+        fine = sum(c["after"]["asr"] <= 0.05 and c["before"]["acc"] - c["after"]["acc"] <= 0.02 for c in bad)
+        if cells:
+            yield f"| {method} | {len(good)} | {wrong} | {len(bad)} | {fine} |"
+
+
+def load(setting: str, method: str, case: str) -> list[dict[str, Any]]:
+    folder = RECORDS / setting.replace(" ", "-")
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{case}-[0-9]*.json"))]
+
+
+def page() -> str:
+    """All records as one page."""
+    lines = [
+        "# Every method on published checkpoints",
+        "",
+        "Made by `python benchmarks/methods.py` from the records in `benchmarks/records/methods`: default settings, "
+        "the same for every checkpoint, nothing known of the attack. Percent, ACC / ASR / RA; mean ± standard "
+        "deviation and the number of seeds in brackets where there is more than one, else seed 0; an empty cell was "
+        "not run. Seconds: median of the repair with its checks, one thread, without the scan. Test images: the first "
+        "1,500.",
+        "",
+        "The authors' own code ran on the same number of images, with other images and one seed.",
+    ]
+    for setting in SETTINGS:
+        lines += [*table(setting), *statuses(setting)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run missing cells and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+    parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", untrojan.UntrojanWarning)
+    if asked.cell:
+        method, case, setting, seed = asked.cell
+        run(Cell(method, case, setting, int(seed)))
+        return
+    cells = [
+        Cell(method, case, setting, seed)
+        for seed in asked.seeds
+        for setting in asked.settings
+        for method in asked.methods
+        for case in asked.cases
+    ]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(in_a_process, [cell for cell in cells if not cell.path.exists()]))
+    write_atomic(Path("benchmarks/methods.md"), page().encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""CLP: prune the channels that can amplify their input far more than the others of their layer."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.defenses.outliers import Outliers
+from untrojan.errors import ModelError
+from untrojan.mask import Mask, Unit, norm_after, products
+from untrojan.progress import stage
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class CLP(Outliers):
+    """Channel Lipschitzness-based Pruning: prune the channels that amplify most; needs no images.
+
+    A small trigger can only turn a prediction if some channels react to it much more strongly than channels react to
+    ordinary features. How strongly a channel can react is bounded by its Lipschitz constant. The bound used is the
+    largest singular value of the channel's kernel as a matrix `(C_in, k * k)`, times the factor `|gamma| / sigma` by
+    which the normalization behind the convolution scales it. Channels whose bound stands out of their layer are
+    silenced, scale and bias.
+
+    Which normalization follows which convolution or linear layer is found by running the network on one gray image.
+    Without normalization the bound is the kernel's own; without running statistics it holds `|gamma|` alone, which says
+    less. Where no convolution or linear layer feeds a normalization straight, as before the convolutions of a
+    pre-activation network, there is nothing to bound: these channels get the score 0, which no threshold prunes. A
+    network where that holds for all of them, such as most vision transformers, is refused.
+
+    Needs:
+        Nothing: it looks at weights only. Clean images choose how many channels to prune and verify the result;
+        without any the published u = 3 decides.
+
+    Cost:
+        1 F, where F is one image through the network once, and one singular value decomposition per layer.
+
+    Example:
+        >>> from untrojan.sources.nets import build
+        >>> nothing = CleanSet(torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.long))
+        >>> CLP(select="count", count=3).repair(build("digits-cnn"), nothing).record.units_changed
+        3
+
+    References:
+        Zheng, Tang, Li, Liu: Data-free backdoor removal based on channel Lipschitzness, ECCV 2022, arXiv:2208.03111.
+
+    Deviations:
+        * Convolutions are paired with the normalization that their output goes into. The published code takes the
+          convolution defined last before it, which is another one in pre-activation networks and some shortcuts.
+        * The factor is that of the network, with the epsilon that normalization adds to the variance; the published
+          code leaves it out.
+        * Where there are clean images, a paired budget of clean accuracy decides how many channels are pruned, down
+          to those one deviation above the mean; the published code prunes at u = 3, whatever the accuracy.
+        * Linear layers, other normalization and networks without any are covered as said above.
+
+        With `variant="released"` there is no epsilon, and `threshold` or `count` must be selected.
+    """
+
+    name: ClassVar[str] = "clp"
+    data_free: ClassVar[bool] = True
+    unit: ClassVar[Unit] = "filter"
+
+    def measure(self, model: nn.Module, clean: CleanSet, seed: int) -> Mapping[str, Tensor]:
+        """Bound the Lipschitz constant of every channel that a convolution or linear layer makes.
+
+        Raises:
+            ModelError: There is none among the network's units.
+        """
+        after = norm_after(model, torch.full((1, *clean.shape), 0.5))
+        before = {norm: layer for layer, norm in after.items()}
+        layers = set(products(model))
+        bounds = {}
+        units = Mask.ones(model, self.unit).values
+        with stage("bound", total=len(units)) as advance:
+            for name, ones in units.items():
+                unit = name.removesuffix(".weight")
+                layer = before.get(unit, unit)
+                if layer in layers:
+                    bound = _largest(model.get_submodule(layer))
+                    factor = self._factor(model.get_submodule(after[layer])) if layer in after else torch.tensor(1.0)
+                    if bound.shape == ones.shape and factor.shape in (bound.shape, ()):
+                        bounds[name] = bound * factor
+                advance()
+        if not bounds:
+            raise ModelError("CLP bounds channels that a convolution or linear layer makes, and no channel here is one")
+        return bounds
+
+    def _cross_fits(self) -> bool:
+        return True
+
+    def _factor(self, norm: nn.Module) -> Tensor:
+        """How much a normalization scales each channel, as far as its state tells: `(channels,)` or `()`."""
+        state = norm.state_dict()
+        factor = torch.tensor(1.0)
+        if "weight" in state:
+            factor = state["weight"].float().reshape(len(state["weight"]), -1).abs().amax(1)
+        if "running_var" in state:
+            eps = 0.0 if self.variant == "released" else getattr(norm, "eps", 0.0)
+            factor = factor / (state["running_var"].float() + eps).sqrt()
+        return factor
+
+
+def _largest(layer: nn.Module) -> Tensor:
+    """The largest singular value of each output channel's kernel, `(C_out,)`."""
+    weight = layer.state_dict()["weight"].float()
+    return torch.linalg.matrix_norm(weight.reshape(len(weight), weight.shape[1], -1), 2)

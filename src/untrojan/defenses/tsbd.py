@@ -1,0 +1,187 @@
+"""TSBD: zero the weights that unlearning changes most, then fine-tune where the loss is flat."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.defenses.tuning import Tuning, boldest, gradients, moved
+from untrojan.errors import UnreliableWarning
+from untrojan.fit import fit
+from untrojan.mask import Mask
+from untrojan.record import Diagnosis
+
+_SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TSBD(Tuning):
+    """TSBD: zero the weights that unlearning clean images changes most, then fine-tune with a gradient-norm penalty.
+
+    A copy of the model unlearns clean images slowly, by maximizing their loss. Filters are ranked by their neuron
+    weight change, the sum of the absolute changes of their weights; the filters that change most on clean images are
+    those that change most on poisoned ones too, and carry the backdoor. Inside the n % of filters that changed most,
+    the m % of the weights that changed most are set to zero in the original model.
+
+    Neurons of a backdoored model are also more active: their gradients are larger. Fine-tuning therefore mixes the
+    gradient with that of a point a step uphill, g = (1 - alpha) g1 + alpha g2, which penalizes the norm of the
+    gradient.
+
+    Attributes:
+        unlearn_lr: Learning rate of SGD with momentum 0.9 that ascends the cross-entropy, above 0.
+        unlearn_epochs: Passes over the images to unlearn, at most.
+        floor: Unlearning ends when the accuracy, measured on the batches in training mode before each update, is at
+            or below this fraction, or below what always giving the most frequent class would reach.
+        m: Share of the weights of a chosen filter that are zeroed, in (0, 1].
+        prune_budget: Accepted loss of clean accuracy by zeroing, before fine-tuning wins it back, as a fraction; how
+            many filters are chosen follows from it.
+        r: Length of the step uphill, in each parameter tensor.
+        alpha: Weight of the gradient found there, in [0, 1].
+        lr: Learning rate of SGD with momentum 0.9 to fine-tune.
+        epochs: Passes over the images to fine-tune.
+
+    Needs:
+        Clean images.
+
+    Cost:
+        3 F per image and epoch to unlearn, 3000 F at most, 12 F per held-out image to choose the filters, 6 F per image
+        and epoch to fine-tune: 120 F per image. Unlearning ends at the floor, usually long before its last epoch.
+
+    Example:
+        >>> from untrojan.sources.nets import build
+        >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
+        >>> TSBD(unlearn_epochs=1, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        'tsbd'
+
+    References:
+        Lin, Liu, Wei, Li, Xiong: Unveiling and mitigating backdoor vulnerabilities based on unlearning weight changes
+        and backdoor activeness, NeurIPS 2024, arXiv:2405.20291.
+
+    Deviations:
+        * The released code repairs with every n of its list and leaves the choice to the reader, who sees the attack
+          succeed or not. Here n is the largest of the same list before the accuracy on held-out clean images first
+          falls by more than `prune_budget`, before fine-tuning; the paper too aims at an acceptable loss there.
+        * The weights to zero are the share m of each chosen filter. The released code pools the weights of all chosen
+          filters and zeroes the share m of the pool.
+        * All convolutions and linear layers but the last are ranked; the released code leaves out linear layers, and
+          shortcuts, which it knows by their name.
+        * Weights that unlearning did not change at all are never zeroed.
+        * The released code ends unlearning by the accuracy in evaluation mode after each epoch, which costs another
+          pass. Its floor of 0.1 is what a collapsed model reaches on ten classes of equal size; with fewer classes, or
+          some larger than others, it would go on until its last epoch or beyond the numbers, hence the second end. A
+          floor that is not reached is reported, and the last state is used.
+        * The released code copies the model for the two gradients, and runs the model a third time after the update,
+          which is what its running statistics follow. Here they follow the first pass, and there is no third.
+        * A gradient of zero leaves its tensor where it is; the released code divides by its norm.
+        * The released code fine-tunes for one epoch more than it is told, and crops and flips in batches of 256 on 5 %
+          of the training set. Here images are taken as they are (`augment`), and batches are smaller where there are
+          few images.
+    """
+
+    name: ClassVar[str] = "tsbd"
+
+    unlearn_lr: float = Field(default=1e-4, gt=0)
+    unlearn_epochs: int = Field(default=1000, ge=1)
+    floor: float = Field(default=0.1, gt=0, lt=1)
+    m: float = Field(default=0.7, gt=0, le=1)
+    prune_budget: float = Field(default=0.1, gt=0, lt=1)
+    r: float = Field(default=0.05, gt=0)
+    alpha: float = Field(default=0.7, ge=0, le=1)
+    lr: float = Field(default=0.01, gt=0)
+    epochs: int = Field(default=20, ge=1)
+
+    def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
+        """Zero what unlearning `clean` changes most, as far as `held` allows, and train what is left."""
+        unlearned = self._unlearn(model, clean, seed)
+        scores = _most_changed(model, unlearned, self.m)
+        filters = sum(len(value) for value in scores.values.values())
+        counts = {int(share * filters) for share in _SHARES} - {0} or {1}
+        cuts = [partial(Mask.threshold, threshold=count - 1) for count in sorted(counts)]
+        zeroed = boldest(model, scores, cuts, held, self.prune_budget).bake(model)
+        self._fine_tune(zeroed.train(), clean, seed)
+        return zeroed
+
+    def _unlearn(self, model: nn.Module, clean: CleanSet, seed: int) -> nn.Module:
+        unlearned = copy.deepcopy(model).train()
+        floor = max(self.floor, max(clean.counts) / len(clean))
+
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            out = unlearned(images)
+            return -functional.cross_entropy(out, labels), out
+
+        done = fit(
+            list(unlearned.parameters()),
+            step,
+            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(torch.optim.SGD, lr=self.unlearn_lr, momentum=0.9),
+            self.unlearn_epochs,
+            name="unlearn",
+            buffers=list(unlearned.buffers()),
+            stop=lambda epoch: epoch.accuracy <= floor,
+        )
+        if not done.stopped:
+            ended = f"an accuracy of {done.epochs[-1].accuracy:.2f}" if done.epochs else "the first step"
+            text = f"unlearning ended at {ended}, not at the floor of {floor:.2f}; the last state is used"
+            warnings.warn(UnreliableWarning(text), stacklevel=2)
+        return unlearned
+
+    def _fine_tune(self, model: nn.Module, clean: CleanSet, seed: int) -> None:
+        weights = list(model.parameters())
+
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            out = model(images)
+            here = functional.cross_entropy(out, labels)
+            slopes = gradients(here, weights)
+            uphill = [self.r * slope / (slope.norm() + _TINY) for slope in slopes]
+            there = functional.cross_entropy(moved(model, images, uphill), labels)
+            return (1 - self.alpha) * _tangent(here, weights, slopes) + self.alpha * there, out
+
+        fit(
+            weights,
+            step,
+            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(torch.optim.SGD, lr=self.lr, momentum=0.9),
+            self.epochs,
+            name="fine-tune",
+            buffers=list(model.buffers()),
+        )
+
+
+def _most_changed(model: nn.Module, unlearned: nn.Module, m: float) -> Mask:
+    """Give the weights to zero the place of their filter, 0 for the one that changed most, and infinity to the others.
+
+    Args:
+        model: The original.
+        unlearned: The same network, unlearned.
+        m: Share of the weights of a filter that are to be zeroed.
+    """
+    ones = Mask.ones(model, "weight")
+    changes = [
+        (unlearned.get_parameter(name) - model.get_parameter(name)).detach().abs().flatten(1) for name in ones.values
+    ]
+    places = _places(torch.cat([change.sum(1) for change in changes])).split([len(change) for change in changes])
+    scores = {}
+    for name, change, place in zip(ones.values, changes, places, strict=True):
+        chosen = (_places(change) < round(m * change.shape[1])) & (change > 0)
+        scores[name] = torch.where(chosen, place[:, None].float(), torch.inf).view_as(ones.values[name])
+    return Mask(scores, "weight")
+
+
+def _places(values: Tensor) -> Tensor:
+    """The place of each value along the last dimension, 0 for the largest."""
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _tangent(loss: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """A loss with the same value and gradient, whose backward pass is already paid for."""
+    rise = sum(((w - w.detach()) * slope).sum() for w, slope in zip(weights, slopes, strict=True))
+    return loss.detach() + rise

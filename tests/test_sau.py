@@ -1,0 +1,230 @@
+"""SAU beyond the contract of every method."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import CLASSES, NETS, build, make_clean, train
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from untrojan.data import CleanSet
+from untrojan.defenses.sau import SAU, _jensen_shannon, _shared_loss
+from untrojan.errors import ConfigError
+from untrojan.record import Diagnosis, Target
+from untrojan.registry import make
+
+pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+
+GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Passes:
+    """A hook that counts the images that go through the network, and through its copies."""
+
+    def __init__(self, net):
+        self.images = 0
+        net.register_forward_hook(self)
+
+    def __deepcopy__(self, _):
+        return self
+
+    def __call__(self, net, inputs, output):
+        self.images += len(inputs[0])
+
+
+def pair(name="batchnorm"):
+    """A trained network and one that differs from it a bit, in double precision, with images that both know."""
+    clean = make_clean()
+    frozen = train(build(name), clean, epochs=20).double()
+    model = copy.deepcopy(frozen)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model, frozen, clean.floats().double(), clean.labels
+
+
+def divergence(one, other):
+    """Jensen-Shannon by two Kullback-Leibler divergences from the middle."""
+    one, other = one.softmax(1), other.softmax(1)
+    middle = (one + other) / 2
+    return sum(kl_div(middle.log(), each, reduction="none").sum(1) / 2 for each in (one, other))
+
+
+def searched(model, frozen, image, label, method):
+    """The search for one image, step by step."""
+    shift = torch.full_like(image, method.radius)
+    if method.variant == "fixed":
+        shift = (image + shift).clamp(0, 1) - image
+    for _ in range(method.iterations):
+        shift = shift.detach().requires_grad_()
+        ours, theirs = model(image + shift), frozen(image + shift)
+        loss = torch.zeros(())
+        if ours.argmax() == label:
+            loss = loss - method.beta_1 * cross_entropy(ours, label) / 2
+        if theirs.argmax() == label:
+            loss = loss - method.beta_1 * cross_entropy(theirs, label) / 2
+        if ours.argmax() == label or ours.argmax() != theirs.argmax():
+            loss = loss + method.beta_2 * divergence(ours, theirs).squeeze()
+        else:
+            break
+        slope = torch.autograd.grad(loss, shift)[0]
+        shift = (shift - method.step_size * slope.sign()).clamp(-method.radius, method.radius)
+        if method.variant == "fixed":
+            shift = (image + shift).clamp(0, 1) - image
+    return (image + shift).detach()
+
+
+@pytest.mark.parametrize("variant", ["fixed", "released"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"radius": 0.3, "step_size": 0.1, "iterations": 4}, {"beta_1": 1.0, "beta_2": 0.1}], ids=str
+)
+def test_search_against_one_image_at_a_time(variant, fields):
+    model, frozen, images, labels = pair()
+    method = SAU(variant=variant, **fields)
+    found = method._adversarial(model, frozen, images, labels)
+    pairs = zip(images.split(1), labels.split(1), strict=True)
+    slow = torch.cat([searched(model, frozen, image, label, method) for image, label in pairs])
+    assert torch.allclose(found, slow, atol=1e-12)
+    assert (found - images).abs().max() <= method.radius + 1e-12
+    with torch.no_grad():
+        ours, theirs = model(found).argmax(1), frozen(found).argmax(1)
+    assert ((ours != labels) & (ours == theirs)).any()
+
+
+def test_released_leaves_the_pixel_range_and_fixed_does_not():
+    model, frozen, images, labels = pair()
+    fixed, released = (SAU(variant=v)._adversarial(model, frozen, images, labels) for v in ("fixed", "released"))
+    assert fixed.min() >= 0
+    assert fixed.max() <= 1
+    assert released.max() > 1
+
+
+def test_search_ends_where_all_examples_are_shared():
+    _, frozen, images, _ = pair()
+    method = SAU(iterations=7)
+    with torch.no_grad():
+        never = (frozen((images + method.radius).clamp(0, 1)).argmax(1) + 1) % CLASSES
+    passes = Passes(frozen)
+    found = method._adversarial(frozen, frozen, images, never)
+    assert passes.images == 2 * len(images)
+    assert torch.equal(found, (images + method.radius).clamp(0, 1))
+
+
+def test_jensen_shannon():
+    one, other = 3 * torch.randn(2, 40, 5, dtype=torch.float64)
+    found = _jensen_shannon(one, other)
+    assert torch.allclose(found, divergence(one, other))
+    assert torch.allclose(found, _jensen_shannon(other, one))
+    assert torch.allclose(_jensen_shannon(one, one + 2), torch.zeros(40, dtype=torch.float64), atol=1e-12)
+    far = torch.tensor([[1e4, 0.0]], requires_grad=True)
+    most = _jensen_shannon(far, -far)
+    assert float(most.detach()) == pytest.approx(math.log(2))
+    assert torch.isfinite(torch.autograd.grad(most, far)[0]).all()
+
+
+def test_shared_loss_is_the_published_one():
+    out, theirs, labels = torch.randn(30, 5, dtype=torch.float64), torch.arange(30) % 5, torch.arange(30) % 3
+    total = 0.0
+    for row, their, label in zip(out.softmax(1).tolist(), theirs.tolist(), labels.tolist(), strict=True):
+        if their != label:
+            others = sum(value for place, value in enumerate(row) if place != their)
+            total += math.log(1e-6 + others) + math.log(1 + 1e-6 - row[their])
+    assert float(_shared_loss(out, theirs, labels)) == pytest.approx(-total / 60)
+    assert float(_shared_loss(out, labels, labels)) == 0
+
+
+@pytest.mark.parametrize("lambdas", [(1.0, 0.0, 1.0), (0.5, 0.3, 2.0)])
+def test_training_written_out(clean, lambdas):
+    net = train(build("batchnorm"), clean, epochs=5)
+    fields = dict(zip(("lambda_1", "lambda_2", "lambda_3"), lambdas, strict=True))
+    method = SAU(epochs=3, batch_size=10, lr=0.01, **fields)
+    slow, frozen = copy.deepcopy(net), copy.deepcopy(net)
+    adam = torch.optim.Adam(slow.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(3):
+        for images, labels in method.batches(clean, generator):
+            adversarial = method._adversarial(slow, frozen, images, labels)
+            theirs = frozen(adversarial).argmax(1)
+            loss = lambdas[0] * cross_entropy(slow(images), labels)
+            loss = loss + lambdas[1] * cross_entropy(slow(adversarial), labels)
+            loss = loss + lambdas[2] * _shared_loss(slow(adversarial), theirs, labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    tuned = method.tune(copy.deepcopy(net), clean, clean, GIVEN, seed=4)
+    for name, value in slow.state_dict().items():
+        assert torch.allclose(tuned.state_dict()[name], value, atol=1e-4), name
+        if "running" in name:
+            assert torch.equal(tuned.state_dict()[name], net.state_dict()[name])
+    assert not same(tuned.state_dict(), net.state_dict())
+
+
+def test_passes_equal_the_count(clean):
+    """Nothing is fooled within a tiny radius: 5 steps through both networks, the label, and training on both."""
+    net = train(build("batchnorm"), clean)
+    with torch.no_grad():
+        known = CleanSet(clean.images, net(clean.floats()).argmax(1))
+    passes = Passes(net)
+    SAU(epochs=3, radius=1e-6, step_size=1e-6, lr=1e-9).tune(copy.deepcopy(net), known, known, GIVEN, 0)
+    assert passes.images == 3 * 32 * (5 * 2 + 1 + 2)
+
+
+def test_what_was_shared_is_unlearned(clean):
+    """After training, what fools the original fools the repaired network less often."""
+    net = train(build("batchnorm"), clean)
+    images, labels = clean.floats(), clean.labels
+    found = SAU()._adversarial(net, net, images, labels)
+    tuned = SAU(epochs=20, lr=0.01).tune(copy.deepcopy(net), clean, clean, GIVEN, 0)
+    with torch.no_grad():
+        theirs, ours = net(found).argmax(1), tuned(found).argmax(1)
+        assert (tuned(images).argmax(1) == labels).float().mean() > 0.9
+    fooled = theirs != labels
+    assert fooled.float().mean() > 0.5
+    assert (ours[fooled] == theirs[fooled]).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_divergence_does_not_crash(name, clean):
+    repair = SAU(epochs=2, lr=1e30).repair(build(name), clean, GIVEN)
+    assert all(torch.isfinite(value).all() for value in repair.model.state_dict().values())
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(4, 256), (9, 8), (5, 2)])
+def test_few_images_mean_a_step(count, batch_size):
+    net, clean = build("batchnorm"), make_clean(count)
+    tuned = SAU(epochs=1, batch_size=batch_size).tune(copy.deepcopy(net), clean, clean, GIVEN, 0)
+    assert not same(tuned.state_dict(), net.state_dict())
+
+
+def test_a_network_without_normalization_or_convolution(clean):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
+    assert SAU(epochs=1).repair(net, clean, GIVEN).record.values_changed > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lr": 0},
+        {"epochs": 0},
+        {"radius": 0},
+        {"step_size": 0},
+        {"iterations": 0},
+        {"beta_1": -1},
+        {"beta_2": -1},
+        {"lambda_1": -1},
+        {"lambda_2": -1},
+        {"lambda_3": -1},
+        {"batch_size": 1},
+        {"variant": "other"},
+        {"color": "red"},
+    ],
+)
+def test_fields_out_of_range(fields):
+    with pytest.raises(ConfigError, match=f"^sau: `{next(iter(fields))}`"):
+        make(SAU, fields)
