@@ -10,7 +10,7 @@ demo: .venv/ready
 	@$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # Writes docs/methods/ anew from the docstrings; a test fails while the two differ.
 docs: .venv/ready

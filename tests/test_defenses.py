@@ -1,7 +1,7 @@
 import copy
 import errno
 import random
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
+from untrojan.scan.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -33,9 +34,34 @@ QUICK = {
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 FILES = {"repaired.safetensors", "changes.safetensors", "report.html", "record.json"}
 
+NO_STATISTICS = "BNP compares clean images with BatchNorm running statistics, and the network has none"
+NO_CHANNELS = "CLP bounds channels that a convolution or linear layer makes, and no channel here is one"
+WITHOUT_MEANING = {
+    **{("bnp", net): NO_STATISTICS for net in ("plain", "groupnorm", "vit", "convnext", "shared", "tied")},
+    ("clp", "vit"): NO_CHANNELS,
+}
+
 methods = pytest.mark.parametrize(
     "method", [make(cls, QUICK.get(name, {})) for name, cls in DEFENSES.items()], ids=list(DEFENSES)
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_checks(monkeypatch):
+    """What the checks find is tested elsewhere; here they only have to run."""
+    monkeypatch.setattr("untrojan.scan.inversion.ROUNDS", 1)
+    monkeypatch.setattr("untrojan.scan.inversion.EPOCHS", 1)
+    monkeypatch.setattr("untrojan.defenses.checks.UnlearningScanner", partial(UnlearningScanner, unlearn_epochs=1))
+
+
+@pytest.fixture(autouse=True)
+def _has_meaning(request):
+    """Leave out networks for which the method has no meaning; that it says so is a test of its own."""
+    given = getattr(request.node, "callspec", None)
+    if given and isinstance(given.params.get("method"), Defense):
+        where = given.params.get("net", given.params.get("name"))
+        if (given.params["method"].name, where) in WITHOUT_MEANING:
+            pytest.skip("the method has no meaning for this network and says so")
 
 
 def same(one, other):
@@ -97,12 +123,22 @@ def test_same_seed_same_repair_whatever_the_random_state(net, clean, method):
 @pytest.mark.parametrize("at", [1, 2, 5, 11])
 @pytest.mark.parametrize("name", ["batchnorm", "dropout", "vit", "shared"])
 def test_the_caller_sees_no_change_when_a_layer_raises(clean, method, name, at):
-    net = build(name)
-    list(net.modules())[2].register_forward_hook(RaisesAt(at))
+    net, raises = build(name), RaisesAt(at)
+    list(net.modules())[2].register_forward_hook(raises)
     before = Snapshot(net)
-    with pytest.raises((ArithmeticError, ModelError), match="on purpose"):
+    try:
         method.repair(net, clean, GIVEN)
+    except (ArithmeticError, ModelError) as error:
+        assert "on purpose" in str(error)  # noqa: PT017
+    else:
+        assert raises.left[0] > 0
     before.assert_same()
+
+
+@pytest.mark.parametrize(("method", "net"), WITHOUT_MEANING)
+def test_networks_without_meaning_for_a_method_are_refused(method, net, clean):
+    with pytest.raises(ModelError, match=WITHOUT_MEANING[method, net]):
+        make(DEFENSES[method], QUICK[method]).repair(build(net), clean, GIVEN)
 
 
 @methods

@@ -50,8 +50,8 @@ class ANP(Pruning):
 
     Cost:
         6 F per image drawn, where F is one image through the network once: forward and backward for the perturbation,
-        for the loss with it and for the loss without it. That is 1.5 million F, and three times as much for `budget`,
-        which learns the masks once on all images and once without each of two parts.
+        for the loss with it and for the loss without it. That is 1.5 million F, and three times as much where the
+        masks are learned once on all images and once without each of two parts, as `fixed` does.
 
     Example:
         >>> from untrojan.sources.nets import build
