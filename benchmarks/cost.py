@@ -1,10 +1,8 @@
-"""What RNP costs: passes counted against the count that methods say it needs, and time against bare passes.
+"""What methods cost: images through the network counted against what their specifications need, and time against it.
 
-F is one image through the network once. Unlearning an image costs 3 F (forward, and backward to activations and to
-weights), recovering one 2 F (the weights are frozen), judging one 1 F. The count that RNP needs is therefore
-`3 F x images x unlearning epochs + 2 F x images x recovery epochs` per learned mask. A global hook counts the images
-that really went through; then the same numbers of images go through bare loops, without masks, augmentation,
-optimizer or bookkeeping, in the same run on the same machine.
+F is one image through the network once; backward to activations is another F, and backward to weights a third. A hook
+counts the images that really go through. Then the same passes are made in bare loops, without masks, projections,
+optimizer or bookkeeping, in the same run on the same machine. Iterations are few, because passes repeat.
 
     python benchmarks/cost.py      # on an otherwise idle machine; writes benchmarks/records/cost.json and cost.md
 """
@@ -16,93 +14,184 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from cases import SHARED
 from torch import Tensor, nn
 from torch.nn import functional
 
 import untrojan
-from untrojan.record import Record, UnlearningRun, environment, write_atomic
+from untrojan.model import tapped
+from untrojan.record import Diagnosis, Record, environment, write_atomic
 from untrojan.sources.nets import SmallVGG
 
-SHARED = Path("../shared")
 MODEL = SHARED / "checkpoints" / "ibau-cifar10-badnets-t8.pth"
 CLEAN = SHARED / "data" / "cifar10" / "train-lossless.parquet"
 NET = "small-vgg:classes=10"
 SAMPLES = 500
-F_PER_IMAGE = {"unlearn": 3, "recover": 2, "judge": 1}
-METHODS = {"fixed": untrojan.RNP(), "released": untrojan.RNP(variant="released", select="threshold", threshold=0.2)}
-Job = Callable[[], object]
+BATCH = 125
+GIVEN = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+F = {"judge": 1, "maps": 0.5, "input": 2, "scales": 2, "weights": 3, "twice": 18}
+KINDS = {
+    "judge": "forward",
+    "maps": "backward from one of the layers, on average half of one from the end",
+    "input": "forward, and backward to the images",
+    "scales": "forward, and backward to the scales of BatchNorm",
+    "weights": "forward, and backward to all weights",
+    "twice": "forward, backward, and the products with second derivatives of the implicit gradient",
+}
 
 
-def counted(job: Job) -> tuple[Counter[str], float]:
-    """Run a job; give the images that went through the network by kind of pass, and the seconds it took."""
-    images: Counter[str] = Counter()
+class Job(NamedTuple):
+    """Something to measure, and the images that it has to put through the network, by kind of pass."""
+
+    name: str
+    run: Callable[[], object]
+    needed: dict[str, int]
+
+
+def jobs(model: nn.Module, clean: untrojan.CleanSet) -> list[Job]:
+    """The methods whose passes are specified."""
+    images = len(clean)
+    released = untrojan.RNP(variant="released", select="threshold", threshold=0.2)
+    awm, anp = untrojan.AWM(outer_rounds=1, hold_out=0), untrojan.ANP(iterations=20)
+    fmp, ibau = untrojan.FMP(images=32), untrojan.IBAU(rounds=1, hold_out=0, variant="released")
+    half = -(-images // awm.batch_size) * awm.inner_rounds * awm.batch_size
+    maps = sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    first, steps = ibau.batch_size, images // ibau.batch_size
+    return [
+        *(
+            Job(
+                f"RNP, {method.variant}: unlearn and recover",
+                partial(method.learn, model, clean, 0),
+                {
+                    "weights": images * len(method.learn(model, clean, 0).run.trace),
+                    "scales": images * method.recover_epochs,
+                },
+            )
+            for method in (untrojan.RNP(), released)
+        ),
+        Job(
+            "AWM, one round",
+            partial(awm.tune, copy.deepcopy(model), clean, clean, GIVEN, 0),
+            {"judge": images, "input": half, "weights": 2 * half},
+        ),
+        Job(
+            f"ANP, {anp.iterations} iterations",
+            partial(anp.score, model, clean, 0),
+            {"scales": 3 * anp.iterations * anp.batch_size},
+        ),
+        Job(
+            f"FMP, ranking {maps} maps on {fmp.images} images",
+            partial(fmp.rank, model, clean, 0),
+            {"judge": fmp.images * (maps + 2), "maps": fmp.images * maps},
+        ),
+        Job(
+            "I-BAU, one round",
+            partial(ibau.tune, copy.deepcopy(model), clean, clean, GIVEN, 0),
+            {"judge": images, "input": images, "weights": images, "twice": first * steps},
+        ),
+    ]
+
+
+def measure(job: Job, model: nn.Module, batch: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Count and time a job, then bare loops over the images that it needs."""
+    seen = 0
 
     def count(module: nn.Module, arguments: tuple[Any, ...], _: object) -> None:
-        if isinstance(module, SmallVGG):
-            weights = module.features[0].weight.requires_grad
-            images["judge" if not torch.is_grad_enabled() else "unlearn" if weights else "recover"] += len(arguments[0])
+        nonlocal seen
+        seen += len(arguments[0]) if isinstance(module, SmallVGG) else 0
 
     handle = nn.modules.module.register_module_forward_hook(count)
-    start = time.perf_counter()
     try:
-        job()
+        spent = seconds(job.run)
     finally:
         handle.remove()
-    return images, time.perf_counter() - start
-
-
-def needed(method: untrojan.RNP, runs: list[UnlearningRun]) -> int:
-    """What learning one mask from each of these unlearning runs takes, in F."""
-    return sum(run.images * (3 * len(run.trace) + 2 * method.recover_epochs) for run in runs)
-
-
-def bare(model: nn.Module, batch: Tensor, labels: Tensor, images: Counter[str]) -> float:
-    """Seconds that the same numbers of images take in plain loops."""
-    whole = copy.deepcopy(model).train()
-    scales = copy.deepcopy(model).train().requires_grad_(False)
-    for module in scales.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.requires_grad_(True)
-    judged = copy.deepcopy(model).eval()
-    start = time.perf_counter()
-    for _ in range(round(images["unlearn"] / len(batch))):
-        functional.cross_entropy(whole(batch), labels).backward()
-    for _ in range(round(images["recover"] / len(batch))):
-        functional.cross_entropy(scales(batch), labels).backward()
-    with torch.no_grad():
-        for _ in range(round(images["judge"] / len(batch))):
-            judged(batch)
-    return time.perf_counter() - start
-
-
-def measure(name: str, job: Job, model: nn.Module, clean: untrojan.CleanSet) -> dict[str, Any]:
-    """Count and time a job, then the bare loops over as many images."""
-    batch, labels = next(clean.batches(125))
-    images, seconds = counted(job)
-    plain = bare(model, batch, labels, images)
-    passes = {kind: images[kind] * each for kind, each in F_PER_IMAGE.items()}
+    plain = sum(bare(kind, model, batch, labels, images) for kind, images in job.needed.items())
     return {
-        "job": name,
-        "images": dict(images),
-        "passes_f": passes,
-        "seconds": seconds,
+        "job": job.name,
+        "needed": job.needed,
+        "images": seen,
+        "images_needed": sum(images for kind, images in job.needed.items() if kind != "maps"),
+        "f": sum(F[kind] * images for kind, images in job.needed.items()),
+        "seconds": spent,
         "bare_seconds": plain,
-        "ratio": seconds / plain,
+        "ratio": spent / plain,
     }
 
 
-def memory() -> int:
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def bare(kind: str, model: nn.Module, batch: Tensor, labels: Tensor, images: int) -> float:
+    """Seconds that so many images take in a plain loop of one kind of pass."""
+    net = copy.deepcopy(model).requires_grad_(kind in ("weights", "twice")).train(kind in ("weights", "scales"))
+    if kind == "scales":
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.requires_grad_(True)
+    if kind == "maps":  # a fourth of forward and backward to the images
+        images = images // 4
+    pixels = batch.clone().requires_grad_(kind in ("input", "maps", "twice"))
+    parameters = list(net.parameters())
+
+    def once() -> None:
+        if kind == "judge":
+            with torch.no_grad():
+                net(pixels)
+            return
+        loss = functional.cross_entropy(net(pixels), labels)
+        if kind != "twice":
+            loss.backward()
+            return
+        (slope,) = torch.autograd.grad(loss, pixels, create_graph=True)
+        carried = torch.ones_like(slope)
+        for _ in range(4):
+            (carried,) = torch.autograd.grad(slope, pixels, carried, retain_graph=True)
+        torch.autograd.grad(slope, parameters, carried, allow_unused=True)
+
+    rounds = max(1, round(images / len(batch)))
+    return seconds(lambda: [once() for _ in range(rounds)]) * images / (rounds * len(batch))
+
+
+def one_map_at_a_time(model: nn.Module, clean: untrojan.CleanSet, every: int = 16) -> tuple[float, float]:
+    """Seconds of FMP's ranking, and of the published loop: per map two passes, one backward pass and one for scores.
+
+    The loop ranks every 16th map, and its time is scaled up. It takes gradients to all weights, as published.
+    """
+    method = untrojan.FMP(images=32)
+    images, labels = next(clean.batches(32))
+    net = copy.deepcopy(model).eval().requires_grad_(True)
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    maps = [(name, channel) for name, layer in layers.items() for channel in range(layer.out_channels)]
+
+    def rank_one(name: str, channel: int) -> None:
+        start = (images + method.alpha * torch.rand_like(images)).clamp(0, 1).requires_grad_()
+        with tapped(net, [name]) as taps:
+            net(images)
+            net(start)
+        seen = taps[name]
+        (seen[1][:, channel] - seen[0][:, channel]).square().mean().backward()
+        assert start.grad is not None
+        made = (start.detach() + method.eps * start.grad.sign()).clamp(0, 1)
+        (net(made).argmax(1) == labels).float().mean()
+
+    slow = seconds(lambda: [rank_one(*each) for each in maps[::every]]) * len(maps) / len(maps[::every])
+    return seconds(lambda: method.rank(model, clean, 0)), slow
+
+
+def memory(seed: int) -> int:
     """Peak resident bytes of the command line on 500 images, in a process of its own."""
-    command = ["-m", "untrojan", "repair", MODEL, "--net", NET, "--clean", CLEAN, "--samples", SAMPLES, "--out"]
+    command = ["-m", "untrojan", "repair", MODEL, "--net", NET, "--clean", CLEAN, "--samples", SAMPLES, "--seed", seed]
     folder = Path("runs/cost")
-    arguments = [sys.executable, *map(str, command), str(folder), "--force", "--quiet"]
+    arguments = [sys.executable, *map(str, command), "--out", str(folder), "--method", "rnp", "--force", "--quiet"]
     subprocess.run(arguments, check=False, stdout=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return max(peak, Record.load(folder / "record.json").peak_memory_bytes)
@@ -110,28 +199,32 @@ def memory() -> int:
 
 def page(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
+    threads = result["environment"]["threads"]
     lines = [
-        "# What RNP costs",
+        "# What methods cost",
         "",
-        f"Made by `python benchmarks/cost.py`: {NET}, {SAMPLES} images of 32x32, {result['environment']['threads']} "
-        "threads. F is one image through the network once. Each job ran once, and after it bare loops over as many "
-        "images.",
+        f"Made by `python benchmarks/cost.py`: {NET}, {SAMPLES} images of 32x32, {threads} threads. Each job ran once, "
+        "and after it bare loops over as many images.",
         "",
-        "| job | unlearn | recover | judge | count it needs | seconds | bare loops | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| job | images through the network | needed | F | seconds | bare loops | ratio |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["jobs"]:
-        passes = " | ".join(f"{row['passes_f'][kind]:,} F" for kind in F_PER_IMAGE)
-        count = f"{row['needed_f']:,} F" if "needed_f" in row else ""
         times = f"{row['seconds']:.1f} | {row['bare_seconds']:.1f} | {row['ratio']:.2f}"
-        lines.append(f"| {row['job']} | {passes} | {count} | {times} |")
+        lines.append(f"| {row['job']} | {row['images']:,} | {row['images_needed']:,} | {row['f']:,.0f} | {times} |")
+    fast, slow = result["fmp_seconds"], result["fmp_one_at_a_time_seconds"]
+    peaks = ", ".join(f"{peak / 1e6:,.0f}" for peak in result["peak_memory_bytes"])
     lines += [
         "",
-        "A whole repair adds to the masks: the pruning curve and the accuracies, unlearning the repaired model twice "
-        "as a check, and for `fixed` masks from either half, to judge the threshold on images that the masks were not "
-        "learned on, and two unlearning runs with noise for the label.",
+        "Kinds of passes, in F per image: "
+        + "; ".join(f"{F[kind]:g} for {text}" for kind, text in KINDS.items())
+        + ".",
+        "A whole repair adds the scan, masks from either half of the images, the pruning curve, and the checks.",
         "",
-        f"Peak resident memory of `untrojan repair` on these images: {result['peak_memory_bytes'] / 2**20:,.0f} MiB.",
+        f"Ranking feature maps takes {fast:.1f} s, one map at a time as published {slow:.1f} s: "
+        f"{slow / fast:.1f} times as long.",
+        "",
+        f"Peak resident memory of `untrojan repair --method rnp` on these images, seeds 0 to 2, in MB: {peaks}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -141,11 +234,16 @@ def main() -> None:
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
     model = untrojan.load(MODEL, NET)
     clean = untrojan.CleanSet.load(CLEAN, samples=SAMPLES, seed=0)
-    jobs = []
-    for name, method in METHODS.items():
-        masks = measure(f"masks, {name}", partial(method.learn, model, clean, 0), model, clean)
-        jobs.append(masks | {"needed_f": needed(method, [method.learn(model, clean, 0).run])})
-    result = {"environment": environment(), "jobs": jobs, "peak_memory_bytes": memory()}
+    batch, labels = next(clean.batches(BATCH))
+    rows = [measure(job, model, batch, labels) for job in jobs(model, clean)]
+    fast, slow = one_map_at_a_time(model, clean)
+    result = {
+        "environment": environment(),
+        "jobs": rows,
+        "fmp_seconds": fast,
+        "fmp_one_at_a_time_seconds": slow,
+        "peak_memory_bytes": [memory(seed) for seed in range(3)],
+    }
     write_atomic(Path("benchmarks/records/cost.json"), (json.dumps(result, indent=1) + "\n").encode())
     write_atomic(Path("benchmarks/cost.md"), page(result).encode())
     print(page(result))
