@@ -210,7 +210,8 @@ def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
     except Exception as error:
         size = "x".join(map(str, clean.shape))
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return [*problems, Problem(ModelError, f"the model cannot take images of {size}: {cause}")]
+        text = f"the model cannot take images of {size} (channels x height x width): {cause}"
+        return [*problems, Problem(ModelError, text)]
     return problems + _check_output(out, len(few), clean, weights_finite=not bad)
 
 
@@ -239,7 +240,8 @@ def _check_output(out: object, images: int, clean: CleanSet, weights_finite: boo
         problems.append(
             Problem(
                 DataError,
-                f"labels go up to {highest}, but the model has {classes} classes, 0 to {classes - 1}",
+                f"labels go up to {highest}, but the model has {classes} classes, 0 to {classes - 1}; "
+                "labels count from 0",
             )
         )
         return problems
