@@ -135,7 +135,7 @@ def call_with(model: nn.Module, images: Tensor, values: Mapping[str, Tensor]) ->
         >>> call_with(net, torch.rand(1, 1, 2, 2), {"1.weight": torch.zeros(2, 4), "1.bias": torch.ones(2)})
         tensor([[1., 1.]])
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     replaced = {id(own[name]): value for name, value in values.items()}
     state = {
         name: replaced[id(tensor)]

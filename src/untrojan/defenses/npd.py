@@ -8,14 +8,13 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import products
-from untrojan.model import tapped
+from untrojan.model import call_with, tapped
 from untrojan.record import Diagnosis
 
 _ENOUGH = 0.6
@@ -100,13 +99,12 @@ class NPD(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Learn the polarizer in front of the frozen network, then fold it in."""
         model.eval().requires_grad_(False)
-        weight = model.get_parameter(f"{self._layer(model, clean)}.weight")
+        name = f"{self._layer(model, clean)}.weight"
+        weight = model.get_parameter(name)
         polarizer = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        names = _names_of(model, weight)
 
         def call(images: Tensor) -> Tensor:
-            polarized = dict.fromkeys(names, _fold(weight, polarizer))
-            return functional_call(model, polarized, (images,), tie_weights=False)
+            return call_with(model, images, {name: _fold(weight, polarizer)})
 
         def warm_up(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = call(images)
@@ -175,16 +173,6 @@ class NPD(Tuning):
 def _mixes(model: nn.Module, name: str) -> bool:
     """Whether every output of the layer sees every input channel."""
     return getattr(model.get_submodule(name), "groups", 1) == 1
-
-
-def _names_of(model: nn.Module, weight: Tensor) -> list[str]:
-    """Every name under which the network's layers hold a weight, which several may share."""
-    return [
-        name
-        for prefix, module in model.named_modules()
-        for name, tensor in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-        if tensor is weight
-    ]
 
 
 def _fold(weight: Tensor, polarizer: Tensor) -> Tensor:
