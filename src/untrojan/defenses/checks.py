@@ -34,11 +34,15 @@ def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, he
     """
     drop = float(before.double().mean() - after.double().mean())
     judged = "held-out images" if held_out else "the images that it was fitted on"
-    text = f"clean accuracy falls by {drop:.1%} on {judged}"
+    text = f"clean accuracy {_moves(drop)} on {judged}"
     if held_out:
-        text += f", and by {lost:.1%} on all of them with the weights delivered"
+        text += f", and {_moves(lost)} on all of them with the weights delivered"
     passed = within(max(drop, lost), budget)
     return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {budget:.1%}")
+
+
+def _moves(drop: float) -> str:
+    return f"falls by {drop:.1%}" if drop >= 0 else f"rises by {-drop:.1%}"
 
 
 def loses_label(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
