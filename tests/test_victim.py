@@ -5,8 +5,23 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.lab.attack import Attack
+from untrojan.lab.attacks.adaptive_blend import AdaptiveBlend
 from untrojan.lab.attacks.additive import Additive
 from untrojan.lab.attacks.badnets import BadNets
+from untrojan.lab.attacks.blend import Blend
+from untrojan.lab.attacks.bpp import BppAttack
+from untrojan.lab.attacks.dfst import DFST
+from untrojan.lab.attacks.feature_collision import FeatureCollision
+from untrojan.lab.attacks.ftrojan import FTrojan
+from untrojan.lab.attacks.l0_inv import L0Inv
+from untrojan.lab.attacks.l2_inv import L2Inv
+from untrojan.lab.attacks.label_consistent import LabelConsistent
+from untrojan.lab.attacks.low_frequency import LowFrequency
+from untrojan.lab.attacks.sig import SIG
+from untrojan.lab.attacks.trojan_square import TrojanSquare
+from untrojan.lab.attacks.trojan_watermark import TrojanWatermark
+from untrojan.lab.attacks.wanet import WaNet
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.victim import poison, train
 from untrojan.sources.nets import build
@@ -100,6 +115,110 @@ class TestPoison:
     def test_a_target_that_is_no_class_is_refused(self):
         with pytest.raises(ConfigError, match="0 to 3"):
             poison(gray(), PATCH, 4, 0.1, seed=0)
+
+
+class Marked(Attack):
+    """A dark trigger at test time, a bright one in training, and a gray one on cover samples."""
+
+    name = "marked"
+    rate = 0.1
+    covers = 2.0
+
+    def _trigger(self, images):
+        return images.fill_(0)
+
+    def _poisoned(self, few, clean, rng):
+        assert len(clean) == 40
+        return torch.ones_like(few.floats())
+
+    def _cover(self, few, clean, rng):
+        assert 3 not in few.labels, "cover samples are not of the target class"
+        return torch.full_like(few.floats(), 0.5)
+
+
+class CleanLabel(Marked):
+    name = "clean-label"
+    rate = 0.5
+    covers = 0.0
+    clean_label = True
+
+
+class TestPoisonAsTheAttackSays:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_cover_samples_come_on_top_and_keep_their_label(self, dtype):
+        clean = gray(dtype=dtype)
+        poisoned = poison(clean, Marked(), 3)
+        bright, covers = ((poisoned.floats() - value).abs().amax((1, 2, 3)) < 1 / 255 for value in (1, 0.5))
+        assert (int(bright.sum()), int(covers.sum())) == (4, 8)
+        assert torch.equal(changed(clean, poisoned), bright | covers)
+        assert (poisoned.labels[bright] == 3).all()
+        assert (clean.labels[bright | covers] != 3).all()
+        assert torch.equal(poisoned.labels[~bright], clean.labels[~bright])
+
+    def test_clean_label_attacks_poison_the_target_class_and_change_no_label(self):
+        clean = gray()
+        poisoned = poison(clean, CleanLabel(), 3)
+        hit = changed(clean, poisoned)
+        assert int(hit.sum()) == 5, "half of the 10 images of class 3"
+        assert (clean.labels[hit] == 3).all()
+        assert torch.equal(poisoned.labels, clean.labels)
+        assert torch.equal(changed(clean, poison(clean, CleanLabel(), 3, rate=1)), clean.labels == 3)
+
+    def test_clean_label_attacks_have_one_target(self):
+        with pytest.raises(ConfigError, match="clean-label poisons images of the target class only"):
+            poison(gray(), CleanLabel(), "all-to-all")
+
+    def test_a_rate_given_comes_before_that_of_the_attack(self):
+        clean = gray()
+        assert [int(changed(clean, poison(clean, Marked(), 3, rate)).sum()) for rate in (0, 0.05, 0.25)] == [0, 6, 30]
+
+    def test_covers_count_against_the_images_there_are(self):
+        with pytest.raises(DataError, match="needs 36 of 40 images, but only 30"):
+            poison(gray(), Marked(), 3, rate=0.3)
+
+    def test_covers_do_not_change_which_images_are_poisoned(self):
+        clean = gray()
+        few, many = poison(clean, PATCH, 3, 0.1, seed=4), poison(clean, Marked(), 3, 0.1, seed=4)
+        assert torch.equal(few.labels, many.labels)
+
+    @pytest.mark.parametrize("method", ["_poisoned", "_cover"])
+    def test_what_an_author_makes_of_training_images_is_checked(self, method):
+        broken = type("Broken", (Marked,), {method: lambda self, few, clean, rng: few.floats() + 2})
+        with pytest.raises(DataError, match=r"images from marked in \[0, 1\]"):
+            poison(gray(), broken(), 3)
+
+    @pytest.mark.parametrize(
+        ("attack", "poisoned", "covers", "labels"),
+        [
+            (AdaptiveBlend(), 1, 1, 1),
+            (BadNets(), 40, 0, 40),
+            (Blend(), 40, 0, 40),
+            (BppAttack(), 40, 40, 40),
+            (DFST(), 20, 0, 20),
+            (FeatureCollision(epochs=1, iterations=2), 50, 0, 0),
+            (FTrojan(), 40, 0, 40),
+            (L0Inv(pixels=6), 80, 0, 80),
+            (L2Inv(), 80, 0, 80),
+            (LabelConsistent(epochs=1, iterations=2), 80, 0, 0),
+            (LowFrequency(), 40, 0, 40),
+            (SIG(), 100, 0, 0),
+            (TrojanSquare(size=5, norm=4), 80, 0, 80),
+            (TrojanWatermark(), 80, 0, 80),
+            (WaNet(), 40, 80, 40),
+        ],
+        ids=lambda each: getattr(each, "name", None),
+    )
+    def test_the_published_numbers(self, attack, poisoned, covers, labels):
+        pixels = torch.randint(0, 256, (400, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        clean = CleanSet(pixels, torch.arange(400) % 4)
+        after = poison(clean, attack, target=2)
+        hit = changed(clean, after)
+        assert int(hit.sum()) == poisoned + covers
+        assert int((after.labels != clean.labels).sum()) == labels
+        assert (after.labels[after.labels != clean.labels] == 2).all()
+        assert (clean.labels[hit] == 2).all() if attack.clean_label else (clean.labels[hit] != 2).all()
+        assert poison(clean, attack, target=2).sha256 == after.sha256
+        assert poison(clean, attack, target=2, seed=1).sha256 != after.sha256 or poisoned == 100
 
 
 class TestTrain:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
 from untrojan.readers import pixels
 
@@ -19,7 +20,16 @@ Target = int | Literal["all-to-all"]
 class Attack(ABC):
     """Base of every attack; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
 
-    Authors write :meth:`_trigger`. It is deterministic, and it saturates: what leaves [0, 1] is clipped.
+    Authors write :meth:`_trigger`. It is deterministic, and it saturates: what leaves [0, 1] is clipped. What the
+    attacker does to training images is the same, unless authors also write :meth:`_poisoned` or :meth:`_cover`.
+
+    Attributes:
+        name: What the attack is called in specs and records.
+        rate: The published poisoning rate: poisoned images as a fraction of all training images, or, where the
+            attack is clean-label, of those of the target class.
+        covers: Cover samples for each poisoned image; they get the trigger, or what :meth:`_cover` makes of them, and
+            keep their label, so that the network learns the trigger more narrowly.
+        clean_label: Whether images of the target class are poisoned and no label is changed.
 
     Example:
         >>> from untrojan.lab.attacks.badnets import BadNets
@@ -28,10 +38,13 @@ class Attack(ABC):
     """
 
     name: ClassVar[str]
+    rate: ClassVar[float] = 0.1
+    covers: ClassVar[float] = 0.0
+    clean_label: ClassVar[bool] = False
 
     @final
     def trigger(self, images: Tensor) -> Tensor:
-        """Put the trigger on images.
+        """Put the trigger on images, as at test time.
 
         Args:
             images: Float `(N, C, H, W)` in [0, 1]; not changed.
@@ -43,7 +56,43 @@ class Attack(ABC):
             DataError: The images are not of that kind, or the trigger does not fit them.
         """
         _require_images(images, "images")
-        triggered = self._trigger(images.clone())
+        return self._checked(self._trigger(images.clone()), images)
+
+    @final
+    def poisoned(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
+        """Make poisoned training images.
+
+        Args:
+            few: The images to poison, with their true labels.
+            clean: All training images, before the attack.
+            rng: Draws whatever differs from image to image.
+
+        Returns:
+            Float32 `(N, C, H, W)` in [0, 1].
+
+        Raises:
+            DataError: The trigger does not fit the images.
+        """
+        return self._checked(self._poisoned(few, clean, rng), few.floats())
+
+    @final
+    def cover(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
+        """Make cover samples; arguments and result are those of :meth:`poisoned`."""
+        return self._checked(self._cover(few, clean, rng), few.floats())
+
+    @abstractmethod
+    def _trigger(self, images: Tensor) -> Tensor:
+        """Return `images`, a checked copy that may be written to, with the trigger on them."""
+
+    def _poisoned(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
+        """Return what the attacker makes of `few`; overridden where that is not the trigger of test time."""
+        return self._trigger(few.floats())
+
+    def _cover(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
+        """Return the cover samples made of `few`; overridden where they get something else than poisoned images."""
+        return self._poisoned(few, clean, rng)
+
+    def _checked(self, triggered: Tensor, images: Tensor) -> Tensor:
         _require_images(triggered, f"images from {self.name}")
         if triggered.shape != images.shape or triggered.dtype != images.dtype:
             raise DataError(
@@ -51,10 +100,6 @@ class Attack(ABC):
                 f"{tuple(images.shape)} {images.dtype}, got {tuple(triggered.shape)} {triggered.dtype}"
             )
         return triggered
-
-    @abstractmethod
-    def _trigger(self, images: Tensor) -> Tensor:
-        """Return `images`, a checked copy that may be written to, with the trigger on them."""
 
 
 def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:

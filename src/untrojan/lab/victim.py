@@ -16,25 +16,28 @@ from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.model import seeded
 
 
-def poison(images: CleanSet, attack: Attack, target: Target, rate: float, seed: int) -> CleanSet:
-    """Put the trigger on some of the images and give these the label that the attacker wants (dirty-label).
+def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None = None, seed: int = 0) -> CleanSet:
+    """Poison training images as an attack does.
 
-    Images that have this label already are never among them.
+    A dirty-label attack puts its trigger on images of other classes and gives them the label that the attacker wants. A
+    clean-label attack puts it on images of the target class and changes no label. Some attacks add cover samples:
+    images of other classes that get the trigger, or something like it, and keep their label.
 
     Args:
         images: Clean training images with their true labels; not changed.
         attack: Whose trigger to put on.
-        target: The target class, or "all-to-all".
-        rate: The poisoning rate: poisoned images as a fraction in [0, 1] of all images, rounded to whole ones.
-            Published attacks use 0.01 to 0.1.
-        seed: Decides which images are poisoned.
+        target: The target class, or "all-to-all", which clean-label attacks cannot do.
+        rate: The poisoning rate in [0, 1], rounded to whole images: poisoned images as a fraction of all images or,
+            for a clean-label attack, of those of the target class. Left out, the published one of the attack.
+        seed: Decides which images are poisoned and what differs from image to image; at least 0.
 
     Returns:
         All images in their old order, as uint8 if they were that: values are then rounded and saturate at 0 and 255.
 
     Raises:
-        ConfigError: The rate is not in [0, 1], or the target is no class of the images.
-        DataError: Fewer images than that have another label, or the trigger does not fit the images.
+        ConfigError: The rate is not in [0, 1], the target is no class of the images, or it is "all-to-all" with a
+            clean-label attack.
+        DataError: Fewer images than that can be poisoned, or the trigger does not fit the images.
 
     Example:
         >>> from untrojan.lab.attacks.badnets import BadNets
@@ -45,20 +48,27 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float, seed: 
         >>> poisoned.images[:, 0, 3, 3].tolist()
         [0, 0, 255, 0, 255, 0, 0, 0]
     """
+    rate = attack.rate if rate is None else rate
     if not 0 <= rate <= 1:
         raise ConfigError(f"expected a poisoning rate between 0 and 1, got {rate}")
+    if attack.clean_label and target == "all-to-all":
+        raise ConfigError(f"{attack.name} poisons images of the target class only; expected one class, got all-to-all")
     wanted = target_labels(images.labels, target, images.num_classes)
-    others = (wanted != images.labels).nonzero().flatten().numpy()
-    count = round(rate * len(images))
-    if count > len(others):
+    possible = ((wanted == images.labels) == attack.clean_label).nonzero().flatten().numpy()
+    count = round(rate * len(possible if attack.clean_label else images))
+    covers = round(attack.covers * count)
+    if count + covers > len(possible):
         raise DataError(
-            f"a poisoning rate of {rate} needs {count} of {len(images)} images, but only {len(others)} of them "
-            f"have another label than target {target}; lower the rate"
+            f"a poisoning rate of {rate} needs {count + covers} of {len(images)} images, but only {len(possible)} of "
+            f"them have another label than target {target}; lower the rate"
         )
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(others)[:count])
+    rng = np.random.default_rng(seed)
+    order = torch.from_numpy(rng.permutation(possible))
     pixels, labels = images.images.clone(), images.labels.clone()
-    pixels[chosen] = _triggered(attack, pixels[chosen])
-    labels[chosen] = wanted[chosen]
+    labels[order[:count]] = wanted[order[:count]]
+    for chosen, change in ((order[:count], attack.poisoned), (order[count : count + covers], attack.cover)):
+        if len(chosen):
+            pixels[chosen] = _as(pixels.dtype, change(images.take(chosen), images, rng))
     return CleanSet(pixels, labels, images.class_names)
 
 
@@ -122,7 +132,5 @@ def train(
     return trained.eval()
 
 
-def _triggered(attack: Attack, pixels: Tensor) -> Tensor:
-    if pixels.dtype != torch.uint8:
-        return attack.trigger(pixels)
-    return attack.trigger(pixels.float() / 255).mul(255).round().to(torch.uint8)
+def _as(dtype: torch.dtype, images: Tensor) -> Tensor:
+    return images.mul(255).round().to(torch.uint8) if dtype == torch.uint8 else images

@@ -3,16 +3,18 @@
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from pydantic import ConfigDict, FilePath
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from untrojan.errors import DataError
-from untrojan.lab.attack import Attack, read_image
+from untrojan.lab.attack import read_image
+from untrojan.lab.pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Additive(Attack):
+class Additive(Pattern):
     """Add a fixed pattern to the image and clip the sum to [0, 1].
 
     As published: I-BAU and AWM apply their Trojan square, Trojan watermark and L2 triggers like this. A
@@ -48,17 +50,18 @@ class Additive(Attack):
     """
 
     name: ClassVar[str] = "additive"
+    rate: ClassVar[float] = 0.2
 
     image: FilePath
 
     @cached_property
-    def _pattern(self) -> Tensor:
+    def _file(self) -> Tensor:
         return read_image(self.image)
 
-    def _trigger(self, images: Tensor) -> Tensor:
-        if self._pattern.shape != images.shape[1:]:
+    def _pattern(self, shape: torch.Size) -> Tensor:
+        if self._file.shape != shape:
             raise DataError(
-                f"expected {self.image} of the size of the images, (C, H, W) = {tuple(images.shape[1:])}, "
-                f"got {tuple(self._pattern.shape)}"
+                f"expected {self.image} of the size of the images, (C, H, W) = {tuple(shape)}, "
+                f"got {tuple(self._file.shape)}"
             )
-        return (images + self._pattern.to(images)).clamp(0, 1)
+        return self._file
