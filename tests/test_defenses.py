@@ -19,7 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
-from untrojan.scan.unlearning import UnlearningScanner
+from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -49,8 +49,8 @@ methods = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _short_checks(monkeypatch):
     """What the checks find is tested elsewhere; here they only have to run."""
-    monkeypatch.setattr("untrojan.scan.inversion.ROUNDS", 1)
-    monkeypatch.setattr("untrojan.scan.inversion.EPOCHS", 1)
+    monkeypatch.setattr("untrojan.scanners.inversion.ROUNDS", 1)
+    monkeypatch.setattr("untrojan.scanners.inversion.EPOCHS", 1)
     monkeypatch.setattr("untrojan.defenses.checks.UnlearningScanner", partial(UnlearningScanner, unlearn_epochs=1))
 
 

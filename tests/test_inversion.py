@@ -6,7 +6,7 @@ from tiny import NETS, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.scan.inversion import _onto_l1_ball, universal
+from untrojan.scanners.inversion import _onto_l1_ball, universal
 
 
 class Backdoored(nn.Module):

@@ -51,14 +51,24 @@ def test_every_tiny_net_passes_and_stays_as_it_was(net, clean):
 BAD = {
     "NaN weight": (lambda: with_weight(float("nan")), make_clean(), ModelError, r"NaN or infinity: 0\.weight$"),
     "infinite weight": (lambda: with_weight(float("inf")), make_clean(), ModelError, r"NaN or infinity: 0\.weight$"),
-    "size": (linear, make_clean(shape=(3, 9, 9)), ModelError, "cannot take images of 3x9x9 .*height x width.: .*shapes"),
+    "size": (
+        linear,
+        make_clean(shape=(3, 9, 9)),
+        ModelError,
+        "cannot take images of 3x9x9 .*height x width.: .*shapes",
+    ),
     "channels": (
         lambda: build("plain"),
         make_clean(shape=(1, 8, 8)),
         ModelError,
         "cannot take images of 1x8x8 .*: .*3 ch",
     ),
-    "label": (linear, relabelled(make_clean(), lambda y: y[:1].fill_(7)), DataError, "up to 7, .*4 classes, 0 to 3; labels count from 0$"),
+    "label": (
+        linear,
+        relabelled(make_clean(), lambda y: y[:1].fill_(7)),
+        DataError,
+        "up to 7, .*4 classes, 0 to 3; labels count from 0$",
+    ),
     "class": (linear, make_clean(classes=2), DataError, "no image of class 2, 3: expected at least one .* 4 classes"),
     "many classes": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 99)),

@@ -16,7 +16,7 @@ from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
-from untrojan.scan.neural_cleanse import Trigger, anomaly_index, cleanse
+from untrojan.scanners.neural_cleanse import Trigger, anomaly_index, cleanse
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 

@@ -66,7 +66,7 @@ def known(net, clean):
         (nn.Conv1d(5, 2, 4, padding=3), nn.Conv1d(5, 5, 1, bias=False), torch.rand(2, 5, 8)),
         (nn.Linear(5, 3), nn.Linear(5, 5, bias=False), torch.rand(2, 4, 5)),
     ],
-    ids=str,
+    ids=["conv", "dilated", "reflect", "conv1d", "linear"],
 )
 def test_folding_is_exact(layer, first, images):
     folded = copy.deepcopy(layer)

@@ -16,6 +16,7 @@ from untrojan.record import (
     ModelInfo,
     Rate,
     Record,
+    ScanRecord,
     environment,
     peak_memory,
     sha256,
@@ -45,6 +46,9 @@ RECORD = Record(
     peak_memory_bytes=1,
     environment={},
 )
+
+
+SCAN = ScanRecord(**{name: getattr(RECORD, name) for name in ScanRecord.model_fields if name != "kind"})
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,33 @@ def test_round_trip(tmp_path):
     assert json.loads(RECORD.to_json())["seconds"]["unlearn"] == 0.1 + 0.2
 
 
+def test_kinds_of_records_are_told_apart(tmp_path):
+    repair, scan = tmp_path / "repair.json", tmp_path / "scan.json"
+    repair.write_text(RECORD.to_json())
+    scan.write_text(SCAN.to_json())
+    assert ScanRecord.load(scan) == SCAN
+    assert [json.loads(path.read_text())["kind"] for path in (repair, scan)] == ["repair", "scan"]
+    with pytest.raises(RecordError, match=r"scan\.json is not a record of schema 1: kind: Input should be 'repair'"):
+        Record.load(scan)
+    with pytest.raises(RecordError, match=r"repair\.json is not a record of schema 1: kind: Input should be 'scan'"):
+        ScanRecord.load(repair)
+
+
+def test_records_from_before_patches_read_as_ever(tmp_path):
+    old = json.loads(RECORD.to_json())
+    del old["diagnosis"]["patches"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert Record.load(tmp_path / "old.json") == RECORD
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "text"), [(None, 1, "1"), (["a", "b"], 1, "1 (b)"), (["a"], 1, "1"), (["a"], -1, "-1")]
+)
+def test_a_label_for_people(names, label, text):
+    clean = RECORD.clean.model_copy(update={"class_names": names})
+    assert SCAN.model_copy(update={"clean": clean}).label(label) == text
+
+
 def changed(**fields):
     return json.dumps(json.loads(RECORD.to_json()) | fields)
 
@@ -102,7 +133,7 @@ def changed(**fields):
         ("", "is not a record of schema 1: the file: Invalid JSON"),
         ("no json", "is not a record of schema 1: the file: Invalid JSON"),
         ("[]", "is not a record of schema 1: the file: Input should be an object"),
-        ("{}", "is not a record of schema 1: status: Field required"),
+        ("{}", "is not a record of schema 1: method: Field required"),
         (changed(color="red"), "is not a record of schema 1: color: Extra inputs are not permitted"),
         (changed(status="fine"), "is not a record of schema 1: status: Input should be 'repaired'"),
         (changed(schema_version="two"), "is not a record of schema 1: schema_version: Input should be a valid integer"),

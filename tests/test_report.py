@@ -1,5 +1,7 @@
 """The report: every variant of a record gives a whole, safe, self-contained page that a browser draws."""
 
+import base64
+import io
 import json
 import random
 import re
@@ -7,7 +9,10 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import jsonschema
 import pytest
+from PIL import Image
+from sarif_schema import SCHEMA
 
 from untrojan.record import (
     Accuracy,
@@ -18,18 +23,22 @@ from untrojan.record import (
     Layer,
     MethodInfo,
     ModelInfo,
+    Patch,
     Rate,
     Record,
+    ScanRecord,
     Selection,
     Target,
     UnlearningPoint,
     UnlearningRun,
     Verdict,
 )
-from untrojan.report import render
+from untrojan.report import evidence, finding, render
+from untrojan.report.sarif import sarif
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SECTIONS = ["verdict", "before-after", "target", "pruning", "masks", "settings", "reproduce", "limits"]
+SECTIONS_OF_A_SCAN = ["verdict", "target", "settings", "reproduce", "limits"]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"' $$x$$ \u202e"
 
 
@@ -204,6 +213,57 @@ def hostile() -> Record:
     )
 
 
+def patches(sizes: list[float], small: tuple[int, ...] = (), missed: tuple[int, ...] = ()) -> Diagnosis:
+    """As the neural-cleanse scanner writes it."""
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 200)).save(file, "PNG")
+    picture = base64.b64encode(file.getvalue()).decode()
+    made = [
+        Patch(
+            label=label,
+            size=size,
+            success=0.99,
+            index=None if label in missed else (size - 40) / 10,
+            too_small=label in small,
+            picture=picture if label in small else None,
+        )
+        for label, size in enumerate(sizes)
+    ]
+    away = {patch.label: -patch.index for patch in made if patch.index is not None}
+    return Diagnosis(
+        verdict="found" if small else "inconclusive" if missed else "not_found",
+        rule="found: an anomaly index below -2",
+        targets=[Target(label=label, score=away[label]) for label in sorted(away, key=away.__getitem__, reverse=True)],
+        runs=[],
+        patches=made,
+    )
+
+
+FOUND = patches([41, 43.5, 39, 38, 42, 40, 44, 37, 3.25, 40], small=(8,))
+CLEARED = patches([41, 43.5, 39, 38, 42, 40, 44, 37, 35, 40])
+
+
+def scanned(evidence: Diagnosis | None = None, **changes: object) -> ScanRecord:
+    """A plausible record of a scan."""
+    record = make()
+    fields = {name: getattr(record, name) for name in ScanRecord.model_fields if name != "kind"}
+    fields |= {"diagnosis": evidence or record.diagnosis, "command": "untrojan scan models/vgg-badnets.safetensors"}
+    return ScanRecord.model_validate(fields | changes)
+
+
+def hostile_scan() -> ScanRecord:
+    record = hostile()
+    bad = [patch.model_copy(update={"picture": HOSTILE}) for patch in FOUND.patches]
+    return scanned(
+        FOUND.model_copy(update={"patches": bad, "rule": HOSTILE}),
+        model=record.model,
+        clean=record.clean,
+        method=record.method,
+        command=HOSTILE,
+        warnings=[HOSTILE],
+    )
+
+
 VARIANTS = {
     "repaired": make,
     "nothing_to_repair": clean_model,
@@ -212,8 +272,20 @@ VARIANTS = {
     "classes_43": lambda: make(classes=43),
     "deep": deep,
     "hostile": hostile,
+    "patches": lambda: make(diagnosis=FOUND),
+    "scan": scanned,
+    "scan_cleared": lambda: scanned(CLEARED),
+    "scan_patches": lambda: scanned(FOUND),
+    "scan_missed": lambda: scanned(patches([41, 43], missed=(0, 1))),
+    "scan_hostile": hostile_scan,
 }
 CHARTS = {
+    "patches": {"patches", "pruning", "masks"},
+    "scan": {"shares", "forgetting", "surviving"},
+    "scan_cleared": {"patches"},
+    "scan_patches": {"patches"},
+    "scan_missed": set(),
+    "scan_hostile": {"patches"},
     "repaired": {"shares", "forgetting", "surviving", "pruning", "masks"},
     "nothing_to_repair": {"shares", "forgetting", "surviving"},
     "failed": {"shares", "forgetting", "surviving", "pruning", "masks"},
@@ -263,7 +335,8 @@ def pages() -> dict[str, str]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_page_holds_every_section_in_order_and_the_charts_it_has_data_for(pages, name):
     page = Page(pages[name])
-    assert [found for found in page.ids if found in SECTIONS] == SECTIONS
+    wanted = SECTIONS_OF_A_SCAN if name.startswith("scan") else SECTIONS
+    assert [found for found in page.ids if found in SECTIONS] == wanted
     assert len(page.ids) == len(set(page.ids))
     charts = json.loads(page.data["plots"])["figures"]
     assert set(charts) == CHARTS[name]
@@ -274,8 +347,9 @@ def test_page_holds_every_section_in_order_and_the_charts_it_has_data_for(pages,
 def test_page_is_small_and_refers_to_nothing_outside(pages, name):
     page = Page(pages[name])
     assert len(pages[name].encode()) < 5_000_000
-    for _, attributes in page.elements:
-        assert not {"src", "srcset", "data", "action", "poster"} & set(attributes)
+    for tag, attributes in page.elements:
+        assert not {"srcset", "data", "action", "poster"} & set(attributes)
+        assert "src" not in attributes or (tag, attributes["src"][:22]) == ("img", "data:image/png;base64,")
         assert (attributes.get("href") or "#").startswith("#")
     assert not re.search(r"url\(|@import|https?:", page.data["style"])
     assert "link" not in {tag for tag, _ in page.elements}
@@ -287,7 +361,8 @@ def test_page_is_small_and_refers_to_nothing_outside(pages, name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_embedded_record_reads_back_as_it_was(pages, name):
-    assert Record.model_validate_json(Page(pages[name]).data["record"]) == VARIANTS[name]()
+    record = VARIANTS[name]()
+    assert type(record).model_validate_json(Page(pages[name]).data["record"]) == record
 
 
 def test_same_record_gives_the_same_page(pages):
@@ -317,6 +392,20 @@ def test_same_record_gives_the_same_page(pages):
             "The scan for a backdoor was inconclusive; the model is unchanged.",
             "? Not repaired",
         ),
+        (scanned(), "Backdoor found: target label 8 (ship).", "✕ Found"),
+        (scanned(FOUND), "Backdoor found: target label 8 (ship).", "✕ Found"),
+        (
+            scanned(patches([40, 40, 1, 40, 2], small=(2, 4))),
+            "Backdoor found: target labels 2 (bird), 4 (deer).",
+            "✕ Found",
+        ),
+        (scanned(CLEARED), "No backdoor found.", "✓ Not found"),
+        (
+            scanned(patches([40, 41, 30], missed=(0,))),
+            "Inconclusive; the most suspicious label is 2 (bird).",
+            "? Inconclusive",
+        ),
+        (scanned(patches([40], missed=(0,))), "The scan for a backdoor was inconclusive.", "? Inconclusive"),
     ],
 )
 def test_verdict_comes_first_in_one_sentence(record, verdict, badge):
@@ -357,11 +446,14 @@ def test_bars_show_the_largest_classes_only(pages, name):
     assert chart.count('"PlainText"') == 15
 
 
-def test_hostile_text_stays_text(pages):
-    page = Page(pages["hostile"])
-    plain = Page(pages["repaired"])
+@pytest.mark.parametrize(("name", "like"), [("hostile", "repaired"), ("scan_hostile", "scan_patches")])
+def test_hostile_text_stays_text(pages, name, like):
+    page = Page(pages[name])
+    plain = Page(pages[like])
     assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in plain.elements].count("script")
-    assert "img" not in {tag for tag, _ in page.elements}
+    assert all(
+        attributes["src"].startswith("data:image/png;base64,") for tag, attributes in page.elements if tag == "img"
+    )
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
     assert "document.title='owned'" in page.text()
 
@@ -384,6 +476,152 @@ def test_charts_survive_a_record_without_numbers():
         units_changed=0,
     )
     assert "Backdoor" not in Page(render(record)).data["h1"]
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "sentence"),
+    [
+        (
+            make().diagnosis,
+            "3 of 3 unlearning runs ended on label 8 (ship), which holds 83.0% of the predictions there on average; "
+            "3 of 3 forgot enough to reach the accuracy floor.",
+        ),
+        (
+            clean_model().diagnosis,
+            "At most 1 of 3 unlearning runs ended on the same label; 3 of 3 forgot enough to reach the accuracy floor.",
+        ),
+        (
+            Diagnosis(verdict="inconclusive", rule="r", targets=[], runs=make().diagnosis.runs),
+            "Unlearning left the numbers at once and says nothing.",
+        ),
+        (Diagnosis(verdict="inconclusive", rule="r", targets=[], runs=[]), "There is no evidence in the record."),
+        (
+            FOUND,
+            "The patch that sends images to label 8 (ship) replaces 3.2 pixels; that is 3.7 robust standard deviations "
+            "below the median of the labels.",
+        ),
+        (
+            CLEARED,
+            "The patch that sends images to label 8 (ship) replaces 35.0 pixels; that is 0.5 robust standard "
+            "deviations below the median of the labels.",
+        ),
+        (
+            patches([41, 43, 45], missed=(0, 2)),
+            "For 2 of 3 labels no patch was found that sends enough images there.",
+        ),
+        (
+            patches([41, 43]).model_copy(update={"verdict": "inconclusive"}),
+            "Among the patches of 2 labels none can stand out.",
+        ),
+    ],
+)
+def test_evidence_in_one_sentence(diagnosis, sentence):
+    assert evidence(scanned(diagnosis)) == sentence
+    assert sentence in Page(render(scanned(diagnosis))).text()
+    assert sentence in Page(render(make(diagnosis=diagnosis))).text()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_has_not_been_measured_is_said(pages, name):
+    text = Page(pages[name]).text()
+    assert "No false-alarm rate." in text
+    assert ("How often this scan raises a false alarm has not been measured yet." in text) == name.startswith("scan")
+
+
+def test_a_scan_says_nothing_about_a_repair(pages):
+    text = Page(pages["scan_patches"]).text()
+    assert "repair" not in text.lower()
+    assert "file written" not in text
+    assert "-3.67" in text
+    assert "99.0%" in text
+    assert [tag for tag, _ in Page(pages["scan_patches"]).elements].count("img") == 1
+    assert "\N{EN DASH}" in Page(pages["scan_missed"]).text()
+
+
+# SARIF
+
+
+def log_of(record: ScanRecord) -> dict:
+    log = json.loads(sarif(record))
+    jsonschema.Draft4Validator(SCHEMA).validate(log)
+    return log
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("scan")])
+def test_sarif_keeps_to_the_standard(name):
+    log = log_of(VARIANTS[name]())
+    assert log["version"] == "2.1.0"
+    assert len(log["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"version": "2.0"},
+        {"runs": [{}]},
+        {"runs": [{"tool": {"driver": {"name": "untrojan"}}, "result": []}]},
+        {
+            "runs": [
+                {"tool": {"driver": {"name": "untrojan"}}, "results": [{"level": "fatal", "message": {"text": ""}}]}
+            ]
+        },
+        {"runs": [{"tool": {"driver": {"name": "untrojan"}}, "artifacts": [{"hashes": {"sha-256": None}}]}]},
+    ],
+)
+def test_the_schema_refuses_what_is_no_sarif(broken):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft4Validator(SCHEMA).validate(json.loads(sarif(scanned())) | broken)
+
+
+def test_a_finding_in_sarif():
+    record = scanned(FOUND, warnings=["few images"])
+    run = log_of(record)["runs"][0]
+    (result,) = run["results"]
+    rules = run["tool"]["driver"]["rules"]
+    assert [rule["id"] for rule in rules] == ["backdoor-found", "backdoor-inconclusive"]
+    assert (result["ruleId"], result["ruleIndex"], result["level"]) == ("backdoor-found", 0, "error")
+    assert result["message"]["text"] == f"{finding(record)}. {evidence(record)}"
+    place = result["locations"][0]["physicalLocation"]["artifactLocation"]
+    assert place == {"uri": "models/vgg-badnets.safetensors", "index": 0}
+    assert run["artifacts"][0]["location"]["uri"] == place["uri"]
+    assert run["artifacts"][0]["hashes"] == {"sha-256": record.model.sha256}
+    assert result["properties"]["scores"]["8 (ship)"] == FOUND.targets[0].score
+    assert len(result["properties"]["scores"]) == 10
+    assert run["invocations"][0]["commandLine"] == record.command
+    assert run["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"] == "few images"
+
+
+def test_no_finding_and_an_open_question_in_sarif():
+    cleared = log_of(scanned(CLEARED))["runs"][0]
+    assert (cleared["results"], cleared["properties"]["verdict"]) == ([], "not_found")
+    (result,) = log_of(scanned(patches([40, 41, 30], missed=(0,))))["runs"][0]["results"]
+    assert (result["ruleId"], result["ruleIndex"], result["level"]) == ("backdoor-inconclusive", 1, "warning")
+    assert list(result["properties"]["scores"]) == ["2 (bird)", "1 (automobile)"]
+
+
+def test_sarif_of_a_scan_in_python_names_no_file():
+    model = make().model.model_copy(update={"path": None, "sha256": None})
+    run = log_of(scanned(model=model, command=None))["runs"][0]
+    assert run["artifacts"] == run["results"][0]["locations"] == []
+    assert "commandLine" not in run["invocations"][0]
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("my models/a#1%.pt", "my%20models/a%231%25.pt"),
+        ("c:odd.pt", "c%3Aodd.pt"),
+        ("/data/a b.pt", "file:///data/a%20b.pt"),
+    ],
+)
+def test_paths_become_uris(path, uri):
+    model = make().model.model_copy(update={"path": path})
+    assert log_of(scanned(model=model))["runs"][0]["artifacts"][0]["location"]["uri"] == uri
+
+
+def test_sarif_speaks_about_the_weights_only():
+    assert "malicious" not in sarif(scanned())
+    assert "file" not in json.dumps(log_of(scanned())["runs"][0]["tool"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,18 +1,26 @@
+import base64
 import copy
+import io
+import json
+import warnings
 
 import pytest
 import torch
+from PIL import Image
 from tiny import CLASSES, NETS, Counts, RaisesAt, Snapshot, backdoored, build, make_clean, train
 from torch import nn
 
-from untrojan.errors import DataError, ModelError
-from untrojan.record import Diagnosis, UnlearningPoint, UnlearningRun
+import untrojan
+from untrojan.errors import DataError, ModelError, UnreliableWarning
+from untrojan.record import RECORD, REPORT, SARIF, Diagnosis, ScanRecord, UnlearningPoint, UnlearningRun
 from untrojan.registry import describe, discover, make
-from untrojan.scan.scanner import Scanner
-from untrojan.scan.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
+from untrojan.scanners import neural_cleanse
+from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, Trigger
+from untrojan.scanners.scanner import Scanner
+from untrojan.scanners.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
 
-SCANNERS = discover("untrojan.scan", Scanner)
-QUICK = {"unlearning": {"unlearn_epochs": 2, "runs": 2}}
+SCANNERS = discover("untrojan.scanners", Scanner)
+QUICK = {"neural-cleanse": {"mask_epochs": 2}, "unlearning": {"unlearn_epochs": 2, "runs": 2}}
 
 scanners = pytest.mark.parametrize("scanner", [make(cls, QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
 
@@ -78,6 +86,141 @@ def test_what_cannot_be_scanned(scanner):
 @scanners
 def test_round_trip(scanner):
     assert make(type(scanner), describe(scanner)) == scanner
+
+
+# The record
+
+QUICKEST = UnlearningScanner(runs=1, unlearn_epochs=1)
+
+
+@scanners
+def test_the_record_tells_all_about_the_scan(clean, scanner):
+    net = build("batchnorm").train()
+    before = Snapshot(net)
+    record = scanner.examine(net, clean, seed=4)
+    before.assert_same()
+    assert record.kind == "scan"
+    assert record.diagnosis == scanner.scan(net, clean, seed=4)
+    assert (record.method.name, record.method.fields, record.seed) == (scanner.name, describe(scanner), 4)
+    assert (record.model.architecture, record.model.classes, record.model.path) == ("Sequential", CLASSES, None)
+    assert record.model.parameters == sum(value.numel() for value in net.parameters())
+    assert (record.clean.sha256, record.clean.per_class) == (clean.sha256, [8] * CLASSES)
+    assert record.seconds
+    assert record.environment["untrojan"] == untrojan.__version__
+
+
+def test_the_function_is_the_scanner(clean):
+    net = build("plain")
+    assert untrojan.scan(net, clean, method=QUICKEST, seed=2).diagnosis == QUICKEST.scan(net, clean, 2)
+    assert untrojan.scan(net, clean).method.name == "unlearning"
+
+
+def test_warnings_reach_the_record_and_the_caller(clean, monkeypatch):
+    def scan(self, model, clean, seed):
+        warnings.warn(UnreliableWarning("on purpose"), stacklevel=2)
+        return diagnose([])
+
+    monkeypatch.setattr(UnlearningScanner, "_scan", scan)
+    with pytest.warns(UnreliableWarning, match="on purpose"):
+        assert untrojan.scan(build("plain"), clean).warnings == ["on purpose"]
+
+
+def test_saved_scan(clean, tmp_path):
+    record = untrojan.scan(build("plain"), clean, method=QUICKEST)
+    record.save(tmp_path / "out")
+    assert {path.name for path in tmp_path.joinpath("out").iterdir()} == {RECORD, REPORT, SARIF}
+    assert ScanRecord.load(tmp_path / "out" / RECORD) == record
+    assert json.loads((tmp_path / "out" / SARIF).read_text())["version"] == "2.1.0"
+    with pytest.raises(untrojan.ConfigError, match="not empty"):
+        record.save(tmp_path / "out")
+    (tmp_path / "out" / "mine").touch()
+    record.model_copy(update={"seed": 9}).save(tmp_path / "out", force=True)
+    assert ScanRecord.load(tmp_path / "out" / RECORD).seed == 9
+    assert {path.name for path in tmp_path.joinpath("out").iterdir()} == {RECORD, REPORT, SARIF, "mine"}
+
+
+# Neural Cleanse
+
+
+class Shortcut(nn.Module):
+    """Knows classes by their stripes, and says 2 wherever one corner pixel is red."""
+
+    def forward(self, images):
+        stripes = torch.stack([images[:, :, 2 * label : 2 * label + 2].mean((1, 2, 3)) for label in range(4)], 1)
+        red = nn.functional.softplus(10 * (images[:, 0, 0, 7] - images[:, 1, 0, 7] - 0.5))
+        return 20 * stripes + 6 * red[:, None] * torch.tensor([0, 0, 1, 0])
+
+
+def test_the_label_of_a_small_patch_is_found(clean):
+    diagnosis = NeuralCleanseScanner().scan(Shortcut(), clean)
+    assert diagnosis.verdict == "found"
+    assert diagnosis.suspect == 2
+    assert [patch.too_small for patch in diagnosis.patches] == [False, False, True, False]
+    assert [patch.picture is None for patch in diagnosis.patches] == [True, True, False, True]
+    assert diagnosis.targets[0].score == -diagnosis.patches[2].index > 2
+    picture = Image.open(io.BytesIO(base64.b64decode(diagnosis.patches[2].picture)))
+    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", (8, 8))
+    assert picture.getpixel((7, 0))[3] > 150
+    assert picture.getpixel((2, 6))[3] < 50
+
+
+def a_trigger(label, size, reached=True, channels=3):
+    mask = torch.zeros(1, 10, 10)
+    mask.view(-1)[:size] = 1
+    return Trigger(label, mask, torch.full((channels, 10, 10), 0.5), 0.7, reached)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "missed", "verdict", "small", "ranked"),
+    [
+        ([50, 52, 48, 5, 51], [], "found", [3], [3, 2, 0, 4, 1]),
+        ([50, 52, 48, 5, 51, 6, 49, 53], [], "found", [3, 5], [3, 5, 2, 6, 0, 4, 1, 7]),
+        ([50, 52, 48, 47, 51], [], "not_found", [], [3, 2, 0, 4, 1]),
+        ([50, 52, 49, 99, 51], [], "not_found", [], [2, 0, 4, 1, 3]),
+        ([50, 52, 48, 5, 51], [3], "inconclusive", [], [2, 0, 4, 1]),
+        ([50, 52, 48, 5, 51], [4], "found", [3], [3, 2, 0, 1]),
+        ([50, 50, 50, 50], [], "not_found", [], [0, 1, 2, 3]),
+        ([90, 1], [], "inconclusive", [], [1, 0]),
+        ([90, 80, 70], [0, 1, 2], "inconclusive", [], []),
+    ],
+)
+def test_verdict_of_neural_cleanse(sizes, missed, verdict, small, ranked):
+    diagnosis = neural_cleanse.diagnose(
+        [a_trigger(label, size, label not in missed) for label, size in enumerate(sizes)]
+    )
+    assert diagnosis.verdict == verdict
+    assert diagnosis.runs == []
+    assert [target.label for target in diagnosis.targets] == ranked
+    assert [patch.label for patch in diagnosis.patches if patch.too_small] == small
+    assert [patch.label for patch in diagnosis.patches if patch.picture] == small
+    assert [patch.size for patch in diagnosis.patches] == sizes
+    assert [patch.label for patch in diagnosis.patches if patch.index is None] == missed
+    assert {target.label: target.score for target in diagnosis.targets} == {
+        patch.label: -patch.index for patch in diagnosis.patches if patch.index is not None
+    }
+
+
+def test_the_anomaly_index_written_out():
+    diagnosis = neural_cleanse.diagnose([a_trigger(label, size) for label, size in enumerate([50, 52, 48, 5, 51])])
+    # Median 50; the deviations 0, 2, 2, 45, 1 have the median 2.
+    assert [patch.index for patch in diagnosis.patches] == pytest.approx(
+        [0, 2 / 2.9652, -2 / 2.9652, -45 / 2.9652, 1 / 2.9652]
+    )
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "RGBA"), (3, "RGBA"), (4, None)])
+def test_a_patch_becomes_a_picture_where_its_channels_are_those_of_one(channels, mode):
+    triggers = [a_trigger(label, size, channels=channels) for label, size in enumerate([50, 52, 5])]
+    picture = neural_cleanse.diagnose(triggers).patches[2].picture
+    if mode is None:
+        assert picture is None
+    else:
+        image = Image.open(io.BytesIO(base64.b64decode(picture)))
+        assert (image.mode, image.getpixel((0, 0)), image.getpixel((9, 9))) == (
+            mode,
+            (128, 128, 128, 255),
+            (128, 128, 128, 0),
+        )
 
 
 # Unlearning

@@ -15,7 +15,7 @@ from untrojan.defenses.ulrl import ULRL
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target, UnlearningRun
 from untrojan.registry import make
-from untrojan.scan.unlearning import Unlearned, UnlearningScanner
+from untrojan.scanners.unlearning import Unlearned, UnlearningScanner
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 

@@ -12,7 +12,7 @@ import pytest
 import untrojan
 from untrojan.defenses.defense import Defense
 from untrojan.registry import discover
-from untrojan.scan.scanner import Scanner
+from untrojan.scanners.scanner import Scanner
 
 ROOT = Path(untrojan.__file__).parent
 LAB = "untrojan.lab"
@@ -75,8 +75,8 @@ def test_defenders_do_not_reach_the_lab(name):
 
 
 def test_the_walk_sees_what_it_must():
-    assert {"untrojan.defenses.rnp", "untrojan.scan.unlearning", "untrojan.mask", "untrojan"} <= set(DEFENDERS)
-    assert {"untrojan.fit", "untrojan.scan.scanner", "untrojan.record"} <= reached("untrojan.defenses.rnp")
+    assert {"untrojan.defenses.rnp", "untrojan.scanners.unlearning", "untrojan.mask", "untrojan"} <= set(DEFENDERS)
+    assert {"untrojan.fit", "untrojan.scanners.scanner", "untrojan.record"} <= reached("untrojan.defenses.rnp")
     assert LAB + ".attack" in reached("untrojan.lab.evaluate")
     assert "untrojan.report" in reached("untrojan.defenses.defense"), "an import inside a function"
 
@@ -88,7 +88,7 @@ def test_signatures_hold_no_test_data(method):
 
 @pytest.mark.parametrize(
     ("package", "base", "final"),
-    [("untrojan.defenses", Defense, "repair"), ("untrojan.scan", Scanner, "scan")],
+    [("untrojan.defenses", Defense, "repair"), ("untrojan.scanners", Scanner, "scan")],
 )
 def test_methods_do_not_replace_what_is_common(package, base, final):
     found = discover(package, base)

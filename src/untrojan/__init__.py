@@ -47,8 +47,11 @@ if TYPE_CHECKING:
     from untrojan.defenses.ulrl import ULRL
     from untrojan.lab.evaluate import Scores, evaluate
     from untrojan.model import Normalize, check
-    from untrojan.record import Diagnosis, Record
-    from untrojan.scan.unlearning import UnlearningScanner
+    from untrojan.record import Diagnosis, Record, ScanRecord
+    from untrojan.scanners.neural_cleanse import NeuralCleanseScanner
+    from untrojan.scanners.samples import Screening, screen
+    from untrojan.scanners.scanner import Scanner
+    from untrojan.scanners.unlearning import UnlearningScanner
     from untrojan.sources import load
 
 __version__ = "0.1.0"
@@ -70,18 +73,22 @@ _HOMES = {
     "NFT": "untrojan.defenses.nft",
     "NPD": "untrojan.defenses.npd",
     "NeuralCleanse": "untrojan.defenses.neural_cleanse",
+    "NeuralCleanseScanner": "untrojan.scanners.neural_cleanse",
     "Normalize": "untrojan.model",
     "RNP": "untrojan.defenses.rnp",
     "Record": "untrojan.record",
     "Repair": "untrojan.defenses.defense",
     "SAU": "untrojan.defenses.sau",
+    "ScanRecord": "untrojan.record",
     "Scores": "untrojan.lab.evaluate",
+    "Screening": "untrojan.scanners.samples",
     "TSBD": "untrojan.defenses.tsbd",
     "ULRL": "untrojan.defenses.ulrl",
-    "UnlearningScanner": "untrojan.scan.unlearning",
+    "UnlearningScanner": "untrojan.scanners.unlearning",
     "check": "untrojan.model",
     "evaluate": "untrojan.lab.evaluate",
     "load": "untrojan.sources",
+    "screen": "untrojan.scanners.samples",
 }
 
 __all__ = [
@@ -104,6 +111,7 @@ __all__ = [
     "NFT",
     "NPD",
     "NeuralCleanse",
+    "NeuralCleanseScanner",
     "NoEffectWarning",
     "Normalize",
     "RNP",
@@ -111,7 +119,9 @@ __all__ = [
     "RecordError",
     "Repair",
     "SAU",
+    "ScanRecord",
     "Scores",
+    "Screening",
     "TSBD",
     "ULRL",
     "UnlearningScanner",
@@ -123,6 +133,8 @@ __all__ = [
     "evaluate",
     "load",
     "repair",
+    "scan",
+    "screen",
 ]
 
 
@@ -159,6 +171,35 @@ def repair(
         2
     """
     return method.repair(model, clean, diagnosis, seed)
+
+
+def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = None, seed: int = 0) -> "ScanRecord":
+    """Scan a model for a backdoor.
+
+    Args:
+        model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
+        clean: Clean images with their true labels, at least one of each class.
+        method: How; by default :class:`untrojan.UnlearningScanner`.
+        seed: Same seed, same verdict.
+
+    Returns:
+        The record: its `diagnosis` has the verdict, the suspected labels and the evidence; `save` writes a report.
+
+    Raises:
+        ModelError: The model cannot be used.
+        DataError: The images do not fit the model.
+
+    Example:
+        >>> import torch, untrojan
+        >>> from untrojan.sources.nets import build
+        >>> clean = untrojan.CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
+        >>> method = untrojan.UnlearningScanner(runs=1, unlearn_epochs=1)
+        >>> untrojan.scan(build("digits-cnn"), clean, method=method).method.name
+        'unlearning'
+    """
+    from untrojan.scanners.unlearning import UnlearningScanner
+
+    return (method or UnlearningScanner()).examine(model, clean, seed)
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,8 @@
 """The record: one versioned JSON that says what was asked, what was chosen by which rule, and what came out.
 
 Reports, tables and leaderboards are pure functions of records. Fractions are in [0, 1], sizes in bytes, times
-in seconds. A file is written whole or not at all (:func:`write_atomic`).
+in seconds. A file is written whole or not at all (:func:`write_atomic`), and so is the folder of a run
+(:func:`staged`).
 """
 
 import hashlib
@@ -10,14 +11,18 @@ import os
 import platform
 import resource
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from untrojan.errors import RecordError
+from untrojan.errors import ConfigError, RecordError
 
 SCHEMA_VERSION = 1
+RECORD, REPORT, SARIF = "record.json", "report.html", "findings.sarif"
 Verdict = Literal["found", "not_found", "inconclusive"]
 Status = Literal["repaired", "nothing_to_repair", "failed"]
 
@@ -94,7 +99,11 @@ class CleanInfo(_Part):
 
 
 class Target(_Part):
-    """A suspected target label; `score` is its mean share of predictions where the evidence was taken."""
+    """A suspected target label and its score: the higher, the more suspicious.
+
+    Where the evidence is unlearning runs, the score is the label's mean share of predictions at their ends. Where it is
+    patches, it is how many robust standard deviations the size of the label's patch lies below the median.
+    """
 
     label: int
     score: float
@@ -123,13 +132,34 @@ class UnlearningRun(_Part):
     trace: list[UnlearningPoint]
 
 
+class Patch(_Part):
+    """The smallest patch found that sends images of other classes to `label`.
+
+    `size` is the l1 norm of its mask, in pixels; `success` the share of the other classes' images that it sends there;
+    `index` how many robust standard deviations the size lies above the median, `None` where the search for it did not
+    succeed; `too_small` whether the rule takes it for a trigger. `picture` is then a PNG in base64, the pattern with
+    the mask as its opacity.
+    """
+
+    label: int
+    size: float
+    success: float
+    index: float | None
+    too_small: bool
+    picture: str | None = None
+
+
 class Diagnosis(_Part):
-    """What the scan found: the verdict, the rule behind it, targets best first, and the evidence."""
+    """What the scan found: the verdict, the rule behind it, targets best first, and the evidence.
+
+    The evidence is unlearning `runs` or recovered `patches`, as the scanner has it.
+    """
 
     verdict: Verdict
     rule: str
     targets: list[Target]
     runs: list[UnlearningRun]
+    patches: list[Patch] = Field(default_factory=list)
 
     @property
     def suspect(self) -> int | None:
@@ -186,38 +216,26 @@ class Accuracy(_Part):
     held_out: bool = True
 
 
-class Record(_Part):
-    """Everything about one run of one method on one model.
-
-    `status` is `repaired` when a model that passes every check came out, `nothing_to_repair` when no backdoor was
-    found and the model is unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
-    `units_changed` counts pruned units, of `units_total` that the method scored; `values_changed` counts the elements
-    of the state dict that differ.
-    """
+class RunRecord(_Part):
+    """What is known about every run of a method on a model, whatever its kind."""
 
     schema_version: int = SCHEMA_VERSION
-    kind: Literal["repair"] = "repair"
-    status: Status
-    reason: str
+    kind: str
     method: MethodInfo
     seed: int
     model: ModelInfo
     clean: CleanInfo
     diagnosis: Diagnosis
-    selection: Selection | None
-    before: Accuracy
-    after: Accuracy
-    checks: list[Check]
-    units_changed: int
-    units_total: int
-    values_changed: int
-    layers: list[Layer]
-    repaired: ModelInfo
     seconds: dict[str, float]
     peak_memory_bytes: int
     environment: dict[str, str]
     command: str | None = None
     warnings: list[str] = Field(default_factory=list)
+
+    def label(self, label: int) -> str:
+        """A label as a person reads it: its number, and its class name where the record knows one."""
+        names = self.clean.class_names or []
+        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
 
     def to_json(self) -> str:
         """The record as indented JSON with a newline at the end."""
@@ -228,7 +246,7 @@ class Record(_Part):
         """Read a record back.
 
         Raises:
-            RecordError: The file is missing, is not a record, or was written by a newer untrojan.
+            RecordError: The file is missing, is not a record of this kind, or was written by a newer untrojan.
         """
         try:
             data = Path(path).read_bytes()
@@ -245,6 +263,54 @@ class Record(_Part):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
+
+
+class Record(RunRecord):
+    """Everything about one repair: one run of one method on one model.
+
+    `status` is `repaired` when a model that passes every check came out, `nothing_to_repair` when no backdoor was
+    found and the model is unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
+    `units_changed` counts pruned units, of `units_total` that the method scored; `values_changed` counts the elements
+    of the state dict that differ.
+    """
+
+    kind: Literal["repair"] = "repair"  # pyright: ignore[reportIncompatibleVariableOverride]
+    status: Status
+    reason: str
+    selection: Selection | None
+    before: Accuracy
+    after: Accuracy
+    checks: list[Check]
+    units_changed: int
+    units_total: int
+    values_changed: int
+    layers: list[Layer]
+    repaired: ModelInfo
+
+
+class ScanRecord(RunRecord):
+    """Everything about one scan of one model; the verdict is in `diagnosis`."""
+
+    kind: Literal["scan"] = "scan"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Write `report.html`, `findings.sarif` and `record.json`; the folder appears whole.
+
+        Args:
+            folder: Where to; made if it is not there.
+            force: Replace these three files when the folder holds something already.
+
+        Raises:
+            ConfigError: The folder is not empty and `force` is not set.
+            OSError: It cannot be written.
+        """
+        from untrojan.report import render
+        from untrojan.report.sarif import sarif
+
+        with staged(folder, force) as made:
+            for name, text in ((REPORT, render(self)), (SARIF, sarif(self)), (RECORD, self.to_json())):
+                write_atomic(made / name, text.encode())
+            move(made, folder)
 
 
 def sha256(data: bytes) -> str:
@@ -264,6 +330,48 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def require_free(folder: Path, force: bool) -> None:
+    """Raise when :func:`staged` would refuse `folder`, so that nobody waits for a run to hear it."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a folder to write into")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
+
+
+@contextmanager
+def staged(folder: str | Path, force: bool) -> Iterator[Path]:
+    """Give a hidden folder to write a run into, for :func:`move`; it is gone afterwards, whatever happens.
+
+    Args:
+        folder: Where the run shall be in the end; what it lies in is made if it is not there.
+        force: Whether that may hold something already.
+
+    Yields:
+        A new folder: beside the destination, or inside of it where that exists.
+
+    Raises:
+        ConfigError: The destination is not empty and `force` is not set.
+    """
+    folder = Path(folder).absolute()
+    require_free(folder, force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder if folder.is_dir() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
+        made = Path(partial) / folder.name
+        made.mkdir()
+        yield made
+
+
+def move(made: Path, folder: str | Path) -> None:
+    """Move a finished folder to its place: whole, or file by file with the record last where the place exists."""
+    folder = Path(folder).absolute()
+    if not folder.exists():
+        made.rename(folder)
+        return
+    for file in sorted(made.iterdir(), key=lambda file: file.name == RECORD):
+        file.replace(folder / file.name)
 
 
 def environment() -> dict[str, str]:

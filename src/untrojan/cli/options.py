@@ -2,21 +2,25 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
-from untrojan.registry import FieldInfo
+from untrojan.record import RunRecord
+from untrojan.registry import FieldInfo, fields
 
 Command = Callable[..., Any]
+R = TypeVar("R", bound=RunRecord)
 
 _AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -34,6 +38,104 @@ class Numbers(click.ParamType):
             return tuple(float(part) for part in value.split(","))
         except ValueError:
             self.fail(f"expected numbers separated by commas, got {value!r}", param, ctx)
+
+
+class WithMethodOptions(click.Command):
+    """A command with a `--method` that also takes every field of the chosen method as an option.
+
+    The class that was chosen is in the context's `meta`, under `method`.
+
+    Args:
+        methods: Gives the classes to choose from, by name.
+    """
+
+    def __init__(self, *args: Any, methods: Callable[[], Mapping[str, type]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.methods = methods
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find the method first, so that its options are known."""
+        peek = self.make_parser(ctx)
+        peek.ignore_unknown_options = True
+        given, _, _ = peek.parse_args(list(args))
+        option = next(option for option in self.params if option.name == "method")
+        name, methods = given.get("method", option.default), self.methods()
+        if name not in methods:
+            raise ConfigError(f"no method is named {name!r}; expected one of {', '.join(methods)}")
+        ctx.meta["method"] = methods[name]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """List the options of the command and of the method."""
+        return super().get_params(ctx) + self._own(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of the method under a heading of their own."""
+        own = self._own(ctx)
+        shared = self.get_params(ctx)[: -len(own) or None]
+        for heading, options in (("Options", shared), (f"Options of {ctx.meta['method'].name}", own)):
+            if lines := [line for option in options if (line := option.get_help_record(ctx))]:
+                with formatter.section(heading):
+                    formatter.write_dl(lines)
+
+    def _own(self, ctx: click.Context) -> list[click.Parameter]:
+        method = ctx.meta.get("method")
+        return [_option(field) for field in fields(method)] if method else []
+
+
+def _option(field: FieldInfo) -> click.Option:
+    value = value_of(field)
+    default = "" if field.default is MISSING else f"  [default: {field.default}]"
+    return click.Option(
+        [f"--{field.name.replace('_', '-')}", field.name],
+        required=field.default is MISSING,
+        metavar=value if "|" in value else value.upper(),
+        help=field.help.replace("`", "") + default,
+    )
+
+
+def run_options(method: str, help: str) -> Callable[[Command], Command]:
+    """Add what every run of a method takes: a model, clean images, the method, and where to write.
+
+    Args:
+        method: The method that runs where none is chosen.
+        help: What to say about `--method`.
+    """
+
+    def add(command: Command) -> Command:
+        for option in (
+            click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
+            click.option(
+                "--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into."
+            ),
+            click.option("--method", default=method, show_default=True, metavar="NAME", help=help),
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**32 - 1),
+                metavar="N",
+                default=0,
+                show_default=True,
+                help="Draws the images and drives the method.",
+            ),
+            sample_options,
+            click.option(
+                "--clean",
+                required=True,
+                metavar="DATA",
+                help="Clean images: parquet, folder per class, npz, or Hub id.",
+            ),
+            net_options,
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def as_called(record: R, ctx: click.Context, net: str) -> R:
+    """Put into a record what only the command line knows: the command, and how the network was named."""
+    command = shlex.join(["untrojan", *ctx.obj])
+    return record.model_copy(update={"command": command, "model": record.model.model_copy(update={"net": net})})
 
 
 def net_options(command: Command) -> Command:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.model import correct, logits
 from untrojan.record import Check, Diagnosis
-from untrojan.scan.inversion import universal
-from untrojan.scan.unlearning import UnlearningScanner
+from untrojan.scanners.inversion import universal
+from untrojan.scanners.unlearning import UnlearningScanner
 
 _ROUNDING = 1e-9
 
@@ -53,13 +53,13 @@ def loses_label(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosi
         return Check(name=name, passed=False, detail="unlearning left the numbers at once and says nothing")
     share = next(target.score for target in again.targets if target.label == diagnosis.suspect)
     allowed = _twice_fair(len(again.targets))
+    before = f", {diagnosis.targets[0].score:.0%} before" if diagnosis.runs else ""
     return Check(
         name=name,
         passed=again.targets[0].label != diagnosis.suspect and share <= allowed,
         detail=(
-            f"unlearning the repaired model leaves {share:.0%} of the predictions with label {diagnosis.suspect}, "
-            f"{diagnosis.targets[0].score:.0%} before; accepted are {allowed:.0%}, twice a fair share, behind another "
-            "label"
+            f"unlearning the repaired model leaves {share:.0%} of the predictions with label {diagnosis.suspect}"
+            f"{before}; accepted are {allowed:.0%}, twice a fair share, behind another label"
         ),
     )
 

@@ -2,11 +2,9 @@
 
 import copy
 import dataclasses
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple, final
 
@@ -17,37 +15,35 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import keeps_accuracy, loses_label, lost_accuracy, resists_perturbation
-from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UntrojanWarning
+from untrojan.errors import ModelError, NoEffectWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import (
+    RECORD,
+    REPORT,
     Accuracy,
     Check,
-    CleanInfo,
     Diagnosis,
     Layer,
     MethodInfo,
-    ModelInfo,
     Rate,
     Record,
     Selection,
     Status,
     environment,
+    move,
     peak_memory,
     sha256,
+    staged,
     write_atomic,
 )
 from untrojan.registry import describe
-from untrojan.scan.unlearning import UnlearningScanner
+from untrojan.run import clean_info, collected, model_info
+from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
 
-REPAIRED, CHANGES, REPORT, RECORD = (
-    "repaired.safetensors",
-    "changes.safetensors",
-    "report.html",
-    "record.json",
-)
+REPAIRED, CHANGES = "repaired.safetensors", "changes.safetensors"
 
 
 class Outcome(NamedTuple):
@@ -111,31 +107,17 @@ class Repair:
             ConfigError: The folder is not empty and `force` is not set.
             OSError: It cannot be written.
         """
-        folder = Path(folder).absolute()
-        require_free(folder, force)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder if folder.is_dir() else folder.parent
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
-            made = Path(partial) / folder.name
-            made.mkdir()
+        with staged(folder, force) as made:
             save_state(made / REPAIRED, self._child, {"untrojan": self.record.status})
             save_changes(made / CHANGES, self._parent, self._child)
             saved = dataclasses.replace(self, record=self._with_file(sha256((made / REPAIRED).read_bytes())))
             saved.report(made / REPORT)
             write_atomic(made / RECORD, saved.record.to_json().encode())
-            _move(made, folder)
+            move(made, folder)
 
     def _with_file(self, file_sha256: str) -> Record:
         repaired = self.record.repaired.model_copy(update={"path": REPAIRED, "sha256": file_sha256})
         return self.record.model_copy(update={"repaired": repaired})
-
-
-def require_free(folder: Path, force: bool) -> None:
-    """Raise when :meth:`Repair.save` would refuse `folder`, so that nobody waits for a run to hear it."""
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; give a folder to write into")
-    if not force and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -181,7 +163,7 @@ class Defense(ABC):
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
         """
-        with _collected() as caught, timing() as seconds, seeded(seed):
+        with collected() as caught, timing() as seconds, seeded(seed):
             if len(clean) or not self.data_free:
                 require(copy.deepcopy(model), clean)
             diagnosis = diagnosis or _look(model, clean, seed)
@@ -203,8 +185,8 @@ class Defense(ABC):
             reason=reason,
             method=MethodInfo(name=self.name, fields=describe(self)),
             seed=seed,
-            model=_model_info(model, parent, classes, source),
-            clean=_clean_info(clean, classes),
+            model=model_info(model, parent, classes, source),
+            clean=clean_info(clean, classes),
             diagnosis=diagnosis,
             selection=outcome.selection,
             before=_accuracy(outcome.before, outcome.held_out),
@@ -214,7 +196,7 @@ class Defense(ABC):
             units_total=outcome.mask.total if outcome.mask else 0,
             values_changed=sum(int((child[name] != value).sum()) for name, value in parent.items()),
             layers=_layers(outcome.mask, outcome.kept),
-            repaired=_model_info(outcome.model, child, classes, None),
+            repaired=model_info(outcome.model, child, classes, None),
             seconds=seconds,
             peak_memory_bytes=peak_memory(),
             environment=environment(),
@@ -260,18 +242,6 @@ def _put_back_flags(model: nn.Module, original: nn.Module) -> None:
     grads = {name: parameter.requires_grad for name, parameter in original.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(grads.get(name, parameter.requires_grad)).grad = None
-
-
-@contextmanager
-def _collected() -> Iterator[list[warnings.WarningMessage]]:
-    """Collect untrojan's warnings for the record, and give them to the caller at the end all the same."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UntrojanWarning)
-        ours: list[warnings.WarningMessage] = []
-        yield ours
-        ours.extend(warning for warning in caught if issubclass(warning.category, UntrojanWarning))
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool) -> tuple[Status, str]:
@@ -330,30 +300,6 @@ def _accuracy(correct: Tensor, held_out: bool) -> Accuracy:
     return Accuracy(accuracy=Rate.of(int(correct.sum()), correct.numel()), held_out=held_out)
 
 
-def _model_info(
-    model: nn.Module, state: Mapping[str, Tensor], classes: int | None, source: Checkpoint | None
-) -> ModelInfo:
-    return ModelInfo(
-        path=source.path if source else None,
-        sha256=source.sha256 if source else None,
-        state_sha256=state_sha256(state),
-        architecture=type(model).__name__,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        classes=classes,
-    )
-
-
-def _clean_info(clean: CleanSet, classes: int | None) -> CleanInfo:
-    return CleanInfo(
-        path=clean.path,
-        sha256=clean.sha256,
-        images=len(clean),
-        shape=clean.shape,
-        per_class=torch.bincount(clean.labels, minlength=classes or 0).tolist(),
-        class_names=list(clean.class_names) if clean.class_names else None,
-    )
-
-
 def _layers(mask: Mask | None, kept: Mask | None) -> list[Layer]:
     if mask is None or kept is None:
         return []
@@ -365,11 +311,3 @@ def _layers(mask: Mask | None, kept: Mask | None) -> list[Layer]:
         )
         for name, value in mask.values.items()
     ]
-
-
-def _move(made: Path, folder: Path) -> None:
-    if not folder.exists():
-        made.rename(folder)
-        return
-    for name in (REPAIRED, CHANGES, REPORT, RECORD):
-        (made / name).replace(folder / name)

@@ -15,7 +15,7 @@ from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.errors import UnreliableWarning
 from untrojan.model import logits
 from untrojan.record import Diagnosis
-from untrojan.scan.neural_cleanse import ENOUGH, Trigger, anomaly_index, cleanse
+from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, anomaly_index, cleanse
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -17,7 +17,7 @@ from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Check, UnlearningRun
-from untrojan.scan.unlearning import AUGMENTATIONS, Unlearning, View
+from untrojan.scanners.unlearning import AUGMENTATIONS, Unlearning, View
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

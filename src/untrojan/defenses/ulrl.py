@@ -17,8 +17,8 @@ from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import logits
 from untrojan.record import Diagnosis
-from untrojan.scan.neural_cleanse import anomaly_index
-from untrojan.scan.unlearning import Unlearning, View
+from untrojan.scanners.neural_cleanse import anomaly_index
+from untrojan.scanners.unlearning import Unlearning, View
 
 MOST = 2
 

@@ -9,16 +9,21 @@ import hashlib
 import json
 from pathlib import Path
 
-from untrojan.record import CurvePoint, Diagnosis, Rate, Record
+from untrojan.record import CurvePoint, Diagnosis, Rate, Record, RunRecord
 
 _HERE = Path(__file__).parent
+_BADGES = {
+    "found": ("bad", "✕", "Found"),
+    "not_found": ("good", "✓", "Not found"),
+    "inconclusive": ("warn", "?", "Inconclusive"),
+}
 
 
-def render(record: Record) -> str:
+def render(record: RunRecord) -> str:
     """Write the report on one run: what was found, what was changed, what it cost, and how to run it again.
 
     Args:
-        record: What the run left behind. Nothing else is read, and the same record gives the same page.
+        record: What a repair or a scan left behind. Nothing else is read, and the same record gives the same page.
 
     Returns:
         One HTML page of about 1.5 MB that needs no network.
@@ -47,7 +52,7 @@ def render(record: Record) -> str:
         "points": _points,
         "interval": _interval,
         "size": _size,
-        "label": lambda label: _label(record, label),
+        "label": record.label,
     }
     suspect = record.diagnosis.suspect
     plots = figures(record, suspect)
@@ -64,21 +69,74 @@ def render(record: Record) -> str:
         verdict=_verdict(record),
         badge=_badge(record),
         suspect=suspect,
-        agreement=_agreement(record.diagnosis, suspect),
+        evidence=evidence(record),
         chosen=_chosen(record),
         settings=_settings(record),
     )
 
 
-def _label(record: Record, label: int) -> str:
-    """A label as a person reads it: its number, and its class name where the record knows one."""
-    names = record.clean.class_names or []
-    return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
+def finding(record: RunRecord) -> str:
+    """What the scan found, in a few words."""
+    diagnosis = record.diagnosis
+    if diagnosis.verdict == "not_found":
+        return "No backdoor found"
+    suspect = diagnosis.suspect
+    if diagnosis.verdict == "found":
+        small = [target.label for target in diagnosis.targets if target.label in _too_small(diagnosis)]
+        labels = small or [target.label for target in diagnosis.targets[:1]]
+        named = f": target label{'s' if len(labels) > 1 else ''} {', '.join(map(record.label, labels))}"
+        return f"Backdoor found{named if labels else ''}"
+    if suspect is None:
+        return "The scan for a backdoor was inconclusive"
+    if isinstance(record, Record):
+        return f"Backdoor suspected in label {record.label(suspect)}"
+    return f"Inconclusive; the most suspicious label is {record.label(suspect)}"
 
 
-def _verdict(record: Record) -> str:
+def _too_small(diagnosis: Diagnosis) -> set[int]:
+    return {patch.label for patch in diagnosis.patches if patch.too_small}
+
+
+def evidence(record: RunRecord) -> str:
+    """What the verdict stands on, in one sentence."""
+    diagnosis = record.diagnosis
+    if diagnosis.patches:
+        return _evidence_of_patches(record)
+    if not diagnosis.runs:
+        return "There is no evidence in the record."
+    if not diagnosis.targets:
+        return "Unlearning left the numbers at once and says nothing."
+    suspect, runs = diagnosis.suspect, len(diagnosis.runs)
+    ended = f"{_agreement(diagnosis, suspect)} of {runs} unlearning runs ended on"
+    if suspect is None:
+        ended = f"At most {ended} the same label"
+    else:
+        share = _percent(diagnosis.targets[0].score)
+        ended += f" label {record.label(suspect)}, which holds {share} of the predictions there on average"
+    reached = sum(run.reached for run in diagnosis.runs)
+    return f"{ended}; {reached} of {runs} forgot enough to reach the accuracy floor."
+
+
+def _evidence_of_patches(record: RunRecord) -> str:
+    diagnosis = record.diagnosis
+    missed = len(diagnosis.patches) - len(diagnosis.targets)
+    if diagnosis.verdict == "inconclusive":
+        if missed:
+            return f"For {missed} of {len(diagnosis.patches)} labels no patch was found that sends enough images there."
+        return f"Among the patches of {len(diagnosis.patches)} labels none can stand out."
+    first = diagnosis.targets[0]
+    size = next(patch.size for patch in diagnosis.patches if patch.label == first.label)
+    return (
+        f"The patch that sends images to label {record.label(first.label)} replaces {size:.1f} pixels; that is "
+        f"{first.score:.1f} robust standard deviations below the median of the labels."
+    )
+
+
+def _verdict(record: RunRecord) -> str:
+    if not isinstance(record, Record):
+        return f"{finding(record)}."
     repaired = record.status == "repaired"
-    found = _finding(record) + (". The model " if repaired else "; the ")
+    found = finding(record) + (". The model " if repaired else "; the ")
     if repaired:
         return found + "was repaired."
     if record.status == "nothing_to_repair":
@@ -88,20 +146,10 @@ def _verdict(record: Record) -> str:
     return found + "repair did not pass its checks."
 
 
-def _finding(record: Record) -> str:
-    diagnosis = record.diagnosis
-    if diagnosis.verdict == "not_found":
-        return "No backdoor found"
-    suspect = diagnosis.suspect
-    if diagnosis.verdict == "found":
-        return "Backdoor found" if suspect is None else f"Backdoor found: target label {_label(record, suspect)}"
-    if suspect is None:
-        return "The scan for a backdoor was inconclusive"
-    return f"Backdoor suspected in label {_label(record, suspect)}"
-
-
-def _badge(record: Record) -> tuple[str, str, str]:
-    """Tone, mark and words of the status: three ways to see it, so that none relies on color alone."""
+def _badge(record: RunRecord) -> tuple[str, str, str]:
+    """Tone, mark and words of the outcome: three ways to see it, so that none relies on color alone."""
+    if not isinstance(record, Record):
+        return _BADGES[record.diagnosis.verdict]
     if record.status == "failed":
         return "bad", "✕", "Not repaired"
     if record.status == "repaired":
@@ -117,12 +165,12 @@ def _agreement(diagnosis: Diagnosis, suspect: int | None) -> int:
     return max(map(ends.count, ends), default=0) if suspect is None else ends.count(suspect)
 
 
-def _chosen(record: Record) -> CurvePoint | None:
-    selection = record.selection
+def _chosen(record: RunRecord) -> CurvePoint | None:
+    selection = record.selection if isinstance(record, Record) else None
     return None if selection is None or selection.chosen is None else selection.curve[selection.chosen]
 
 
-def _settings(record: Record) -> dict[str, dict[str, object]]:
+def _settings(record: RunRecord) -> dict[str, dict[str, object]]:
     """The settings tables by title; a value of `None` is a dash on the page."""
     model, clean = record.model, record.clean
     return {
@@ -135,9 +183,7 @@ def _settings(record: Record) -> dict[str, dict[str, object]]:
             "architecture": model.architecture,
             "parameters": f"{model.parameters:,}",
             "classes": model.classes,
-            "file written": record.repaired.path,
-            "SHA-256 of the file written": record.repaired.sha256,
-            "SHA-256 of the tensors written": record.repaired.state_sha256,
+            **_written(record),
         },
         "Clean images": {
             "source": clean.path,
@@ -151,6 +197,16 @@ def _settings(record: Record) -> dict[str, dict[str, object]]:
             **{stage: f"{seconds:,.1f} s" for stage, seconds in record.seconds.items()},
             "peak memory": _size(record.peak_memory_bytes),
         },
+    }
+
+
+def _written(record: RunRecord) -> dict[str, object]:
+    if not isinstance(record, Record):
+        return {}
+    return {
+        "file written": record.repaired.path,
+        "SHA-256 of the file written": record.repaired.sha256,
+        "SHA-256 of the tensors written": record.repaired.state_sha256,
     }
 
 

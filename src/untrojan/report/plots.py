@@ -25,7 +25,7 @@ from bokeh.models.tickers import AdaptiveTicker
 from bokeh.plotting import figure
 from bokeh.themes import Theme
 
-from untrojan.record import Record, UnlearningRun
+from untrojan.record import Record, RunRecord, UnlearningRun
 
 _VARIABLES = (
     "ink",
@@ -89,18 +89,18 @@ def visible(text: str) -> str:
     )
 
 
-def figures(record: Record, suspect: int | None) -> dict[str, Any]:
+def figures(record: RunRecord, suspect: int | None) -> dict[str, Any]:
     """The charts that this record has data for, by name, in the form that `Bokeh.embed.embed_item` takes."""
     charts: dict[str, figure] = {}
     diagnosis = record.diagnosis
     if diagnosis.targets:
-        charts["shares"] = _shares(record, suspect)
+        charts |= {"patches": _patches(record)} if diagnosis.patches else {"shares": _shares(record, suspect)}
     if any(run.trace for run in diagnosis.runs):
         charts["forgetting"] = _traces(diagnosis.runs, "clean accuracy", [_accuracies(run) for run in diagnosis.runs])
         charts["surviving"] = _traces(diagnosis.runs, "share of its top label", [_top(run) for run in diagnosis.runs])
-    if record.selection is not None and record.selection.curve:
+    if isinstance(record, Record) and record.selection is not None and record.selection.curve:
         charts["pruning"] = _pruning(record)
-    if any(layer.values for layer in record.layers):
+    if isinstance(record, Record) and any(layer.values for layer in record.layers):
         charts["masks"] = _masks(record)
     return {name: _item(name, chart) for name, chart in charts.items()}
 
@@ -147,39 +147,72 @@ def _name_rows(chart: figure, names: Sequence[str]) -> None:
     chart.ygrid.visible = False
 
 
-def _shares(record: Record, suspect: int | None) -> figure:
+def _class_names(record: RunRecord, labels: Sequence[int]) -> list[str]:
+    names = record.clean.class_names or []
+    return [f"{label} {visible(names[label])}" if label < len(names) else str(label) for label in labels]
+
+
+def _bars(what: str, source: ColumnDataSource, threshold: float, x_range: Range1d) -> tuple[figure, Any]:
+    """Draw one bar per row of `name`, `value`, `text` and `color`, with a line at the threshold."""
+    names = [str(name) for name in source.data["name"]]
+    source.add(list(range(len(names))), "row")
+    source.add([max(value, 0) for value in source.data["value"]], "end")
+    chart = _figure(84 + 24 * len(names), what, None, x_range=x_range)
+    _name_rows(chart, [name if len(name) <= 18 else f"{name[:17]}…" for name in names])
+    bars = chart.hbar(y="row", right="value", height=0.7, color="color", source=source)
+    chart.text(
+        "end", "row", "text", source=source, x_offset=6, text_baseline="middle", text_color=_INK,
+        text_font=value(_FONT), text_font_size="12px",
+    )  # fmt: skip
+    line = Span(location=threshold, dimension="height", line_color=_MUTED, line_dash="dotted", level="underlay")
+    chart.add_layout(line)
+    return chart, bars
+
+
+def _patches(record: RunRecord) -> figure:
+    compared = {patch: -patch.index for patch in record.diagnosis.patches if patch.index is not None}
+    patches = sorted(compared, key=compared.__getitem__, reverse=True)[:_BARS]
+    away = [compared[patch] for patch in patches]
+    source = ColumnDataSource(
+        {
+            "name": _class_names(record, [patch.label for patch in patches]),
+            "value": away,
+            "text": [f"{patch.size:,.1f} pixels" for patch in patches],
+            "color": [_BAD if patch.too_small else _ACCENT for patch in patches],
+            "success": [f"{100 * patch.success:.1f}%" for patch in patches],
+        }
+    )
+    low, high = min(0.0, *away), max(2.0, *away)
+    x_range = Range1d(start=low - 0.05 * (high - low), end=high + 0.42 * (high - low))
+    chart, bars = _bars("robust deviations below the median", source, 2.0, x_range)
+    tooltips = [
+        ("label", "@name"),
+        ("below the median", "@value{0.00}"),
+        ("replaces", "@text"),
+        ("success", "@success"),
+    ]
+    _hover(chart, [bars], tooltips)
+    return chart
+
+
+def _shares(record: RunRecord, suspect: int | None) -> figure:
     ends = [run.trace[-1].shares for run in record.diagnosis.runs if run.trace]
     mean = {label: math.fsum(column) / len(ends) for label, column in enumerate(zip(*ends, strict=True))}
     scores = mean | {target.label: target.score for target in record.diagnosis.targets}
     shares = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:_BARS]
     labels = [label for label, _ in shares]
-    names = record.clean.class_names or []
-    rows = [f"{label} {visible(names[label])}" if label < len(names) else str(label) for label in labels]
     source = ColumnDataSource(
         {
-            "row": list(range(len(shares))),
-            "name": rows,
-            "share": [share for _, share in shares],
+            "name": _class_names(record, labels),
+            "value": [share for _, share in shares],
             "text": [f"{100 * share:.1f}%" for _, share in shares],
             "color": [_BAD if label == suspect else _ACCENT for label in labels],
             "runs": [", ".join(f"{100 * run[label]:.1f}%" for run in ends) or "none" for label in labels],
         }
     )
     top = max(share for _, share in shares)
-    chart = _figure(
-        84 + 24 * len(shares),
-        "mean share of predictions",
-        None,
-        x_range=Range1d(start=0, end=1.42 * top or 1),
-    )
-    _name_rows(chart, [row if len(row) <= 18 else f"{row[:17]}…" for row in rows])
-    bars = chart.hbar(y="row", right="share", height=0.7, color="color", source=source)
-    chart.text(
-        "share", "row", "text", source=source, x_offset=6, text_baseline="middle", text_color=_INK,
-        text_font=value(_FONT), text_font_size="12px",
-    )  # fmt: skip
-    even = 1 / len(record.diagnosis.targets)
-    chart.add_layout(Span(location=even, dimension="height", line_color=_MUTED, line_dash="dotted", level="underlay"))
+    x_range = Range1d(start=0, end=1.42 * top or 1)
+    chart, bars = _bars("mean share of predictions", source, 1 / len(record.diagnosis.targets), x_range)
     chart.xaxis.bounds = (0, 1)
     chart.xaxis.formatter = NumeralTickFormatter(format="0%")
     _hover(chart, [bars], [("label", "@name"), ("mean share", "@text"), ("runs", "@runs")])

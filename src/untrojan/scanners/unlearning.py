@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
 from untrojan.fit import fit
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
-from untrojan.scan.scanner import Scanner
+from untrojan.scanners.scanner import Scanner
 
 View = Literal["plain", "noise", "crop-flip"]
 

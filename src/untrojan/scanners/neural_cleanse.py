@@ -1,17 +1,25 @@
 """Neural Cleanse: the smallest patch that sends every image to a label, and the label whose patch is too small."""
 
+import base64
 import copy
+import io
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet, size_with_enough_steps
 from untrojan.fit import fit
+from untrojan.model import logits
+from untrojan.record import Diagnosis, Patch, Target, Verdict
+from untrojan.scanners.scanner import Scanner
 
 BATCH = 32
 IMAGES_AT_A_TIME = 256
@@ -20,6 +28,12 @@ FIRST_COST = 1e-3
 PATIENCE = 5
 STOP_PATIENCE = 25
 SMALLER = 0.99
+ANOMALY = -2.0
+RULE = (
+    f"found: of the labels that a patch was found for that sends {ENOUGH:.0%} of the other classes' images there, at "
+    f"least one has an anomaly index below {ANOMALY:g}; not_found: there is such a patch for every one of three or "
+    "more labels, and none has; inconclusive: anything else"
+)
 
 
 class Trigger(NamedTuple):
@@ -30,12 +44,15 @@ class Trigger(NamedTuple):
         mask: How far each pixel is replaced, `(1, H, W)` in [0, 1].
         pattern: What it is replaced with, `(C, H, W)` in [0, 1].
         success: Share of the images of other classes that get the label.
+        reached: Whether it comes from an epoch of the search that reached enough images; where none did, its size says
+            nothing.
     """
 
     label: int
     mask: Tensor
     pattern: Tensor
     success: float
+    reached: bool = True
 
     @property
     def norm(self) -> float:
@@ -119,6 +136,97 @@ def anomaly_index(values: Sequence[float]) -> list[float]:
     return (away / scale if scale > 0 else torch.zeros_like(away)).tolist()
 
 
+def diagnose(triggers: Sequence[Trigger]) -> Diagnosis:
+    """Find the labels whose patches are too small.
+
+    Args:
+        triggers: One of every label.
+
+    Returns:
+        The verdict by :data:`RULE`, and the labels that can be compared, the most suspicious first. A label's score is
+        its anomaly index with the sign turned; those found are above 2.
+    """
+    working = [trigger for trigger in triggers if trigger.reached]
+    index = anomaly_index([trigger.norm for trigger in working]) if working else []
+    away = {trigger.label: each for trigger, each in zip(working, index, strict=True)}
+    small = {label for label, each in away.items() if each < ANOMALY}
+    verdict: Verdict = "inconclusive"
+    if small:
+        verdict = "found"
+    elif len(working) == len(triggers) > 2:
+        verdict = "not_found"
+    return Diagnosis(
+        verdict=verdict,
+        rule=RULE,
+        targets=[Target(label=label, score=-away[label]) for label in sorted(away, key=away.__getitem__)],
+        runs=[],
+        patches=[
+            Patch(
+                label=trigger.label,
+                size=trigger.norm,
+                success=trigger.success,
+                index=away.get(trigger.label),
+                too_small=trigger.label in small,
+                picture=_picture(trigger) if trigger.label in small else None,
+            )
+            for trigger in triggers
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class NeuralCleanseScanner(Scanner):
+    """Neural Cleanse: recover the smallest trigger of every label, and see whether one is too small.
+
+    For every label a patch, a mask and a pattern, is optimized to send nearly all clean images there while the mask
+    stays small. Into the target label of a backdoor a far smaller patch suffices. The l1 norms of the masks are
+    compared by their median absolute deviation; a label with an anomaly index below -2 is a target.
+
+    Attributes:
+        mask_lr: Learning rate of Adam on mask and pattern, above 0.
+        mask_epochs: Passes over the images to recover a patch, at most.
+
+    Needs:
+        Clean images, and three or more classes.
+
+    Cost:
+        2 F per image, epoch and class, F being one image through the network once: at most 161 F per image and class.
+
+    References:
+        Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
+        neural networks, IEEE S&P 2019.
+
+    Deviations:
+        * Success is counted on images of other classes only; those of the label itself need no patch.
+        * Labels for which no epoch of the search reached 98 % of the images are not compared, and the scan does not
+          clear a model with such a label.
+        * With two classes the index cannot go below -2, and the scan does not clear the model either.
+        * All labels start from the same random mask and pattern.
+        * Batches are smaller where there are few images.
+    """
+
+    name: ClassVar[str] = "neural-cleanse"
+
+    mask_lr: float = Field(default=0.1, gt=0)
+    mask_epochs: int = Field(default=80, ge=1)
+
+    def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
+        classes = logits(model, clean.take([0])).shape[1]
+        return diagnose(cleanse(model, clean, range(classes), seed, lr=self.mask_lr, epochs=self.mask_epochs))
+
+
+def _picture(trigger: Trigger) -> str | None:
+    """The patch as a PNG in base64, where its channels are those of a picture."""
+    channels = len(trigger.pattern)
+    if channels not in (1, 3):
+        return None
+    planes = torch.cat([trigger.pattern.expand(3, -1, -1), trigger.mask])
+    pixels = (255 * planes).round().to(torch.uint8).movedim(0, -1).contiguous()
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy(), "RGBA").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 class _Inversion:
     """Inverts several labels at once; every label has its own cost and its own end."""
 
@@ -148,7 +256,7 @@ class _Inversion:
         )
         masks, patterns = self._patches(slice(None))
         return [
-            self._measured(state.best or Trigger(state.label, mask, pattern, 0.0))
+            self._measured(state.best or Trigger(state.label, mask, pattern, 0.0, reached=False))
             for state, mask, pattern in zip(self.states, masks.detach(), patterns.detach(), strict=True)
         ]
 

@@ -1,0 +1,124 @@
+"""`untrojan screen`: which samples of a training set are poisoned."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import click
+
+from untrojan.cli import printable
+from untrojan.cli.options import (
+    json_option,
+    load_images,
+    net_options,
+    quiet_option,
+    require_writable,
+    sample_options,
+    working,
+)
+from untrojan.record import RECORD, REPORT, require_free
+from untrojan.registry import parse
+from untrojan.scanners.detectors.detector import Detector
+from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
+from untrojan.scanners.samples import screen as rank
+from untrojan.sources import load
+from untrojan.sources.files import Checkpoint
+
+EXIT = {"not_found": 0, "found": 1, "inconclusive": 2}
+
+
+@click.command()
+@net_options
+@click.option("--clean", required=True, metavar="DATA", help="Clean images: parquet, folder per class, npz, or Hub id.")
+@sample_options
+@click.option(
+    "--suspects", required=True, metavar="DATA", help="The training set with its labels; it may exceed the memory."
+)
+@click.option(
+    "--detector",
+    "detectors",
+    multiple=True,
+    default=("unlearned",),
+    show_default=True,
+    metavar="SPEC",
+    help="Such as strip:blends=20, several times if you like; the first one ranks. Detectors are "
+    "activation-clustering, cognitive-distillation, spectral-signatures, strip and unlearned.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Draws the clean images and drives the detectors.",
+)
+@click.option(
+    "--shown",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=SHOWN,
+    show_default=True,
+    help="How many of the most suspicious images to show on the page.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into.")
+@click.option("--force", is_flag=True, help="Replace the screening that is in the folder.")
+@json_option
+@quiet_option
+@click.pass_context
+def screen(
+    ctx: click.Context,
+    model: str,
+    net: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    clean: str,
+    samples: int | None,
+    samples_per_class: int | None,
+    suspects: str,
+    detectors: tuple[str, ...],
+    seed: int,
+    shown: int,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Rank the samples that MODEL was trained on, the most suspicious first, and write scores and a page.
+
+    Scores only rank samples, so the exit code says what the scan found on the model: 0 no backdoor, 1 a backdoor, 2
+    inconclusive.
+    """
+    chosen = [parse(spec, "untrojan.scanners.detectors", Detector) for spec in detectors]
+    require_free(out, force)
+    require_writable(out)
+    with working(quiet):
+        source = Checkpoint.read(model)
+        network = load(source, net, mean, std)
+        images = load_images(clean, samples, samples_per_class, seed)
+        done = rank(network, images, suspects, detectors=chosen, seed=seed, shown=shown, source=source)
+        record = done.record.model_copy(
+            update={
+                "command": shlex.join(["untrojan", *ctx.obj]),
+                "model": done.record.model.model_copy(update={"net": net}),
+            }
+        )
+        dataclasses.replace(done, record=record).save(out, force)
+    click.echo(record.to_json() if as_json else printable(_summary(record, out)), nl=not as_json)
+    return EXIT[record.diagnosis.verdict]
+
+
+def _summary(record: ScreeningRecord, out: Path) -> str:
+    diagnosis = record.diagnosis
+    named = diagnosis.suspect
+    target = "" if named is None else f"; suspected target label {record.label(named)}"
+    labels = [sample.label for sample in record.top]
+    most = max(labels, key=labels.count)
+    return "\n".join(
+        [
+            f"backdoor in the model: {diagnosis.verdict.replace('_', ' ')}{target}",
+            f"ranked {record.suspects.images:,} samples by {record.method.name}; of the {len(labels)} most "
+            f"suspicious, {labels.count(most)} have label {record.label(most)}",
+            "scores only rank: look at the images before you drop any",
+            f"wrote {out / SCORES}, {out / REPORT}, {out / RECORD}",
+        ]
+    )

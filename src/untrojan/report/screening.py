@@ -1,0 +1,107 @@
+"""The page of a screening: the most suspicious images, for a person to look at.
+
+As the report of a repair, it works offline, fetches nothing, and takes everything in the record for untrusted text. It
+has no script.
+"""
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from untrojan.record import CleanInfo
+from untrojan.scanners.samples import ScreeningRecord
+
+_HERE = Path(__file__).parent
+
+_VERDICTS = {
+    "found": ("bad", "✕", "Backdoor found in the model"),
+    "not_found": ("good", "✓", "No backdoor found in the model"),
+    "inconclusive": ("warn", "?", "The scan of the model was inconclusive"),
+}
+
+
+def render(record: ScreeningRecord, images: Tensor) -> str:
+    """Write the page on one screening.
+
+    Args:
+        record: What the screening left behind.
+        images: The images of `record.top`, in that order: uint8 or float in [0, 1], `(n, C, H, W)`.
+
+    Returns:
+        One HTML page that needs no network.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from untrojan.report.plots import visible
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["label"] = record.label
+    return environment.get_template("screening.html.jinja").render(
+        record=record,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        badge=_VERDICTS[record.diagnosis.verdict],
+        shown=list(zip(record.top, map(_data_uri, images), strict=True)),
+        labels=_counts(record),
+        settings=_settings(record),
+    )
+
+
+def _data_uri(image: Tensor) -> str:
+    pixels = image if not image.is_floating_point() else (image * 255).round().byte()
+    values = pixels.movedim(0, -1).numpy()
+    kind = {1: "L", 3: "RGB"}.get(values.shape[2])
+    if kind is None:  # other numbers of channels have no color
+        values, kind = values[:, :, 0], "L"
+    buffer = io.BytesIO()
+    Image.fromarray(values.reshape(values.shape[:2]) if kind == "L" else values).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _counts(record: ScreeningRecord) -> dict[int, int]:
+    """How many of the samples on the page have each label, most first."""
+    labels = [sample.label for sample in record.top]
+    return {label: labels.count(label) for label in sorted(set(labels), key=lambda each: (-labels.count(each), each))}
+
+
+def _settings(record: ScreeningRecord) -> dict[str, dict[str, object]]:
+    model = record.model
+    return {
+        **{f"Detector {each.name}": each.fields for each in (record.method, *record.others)},
+        "Model": {
+            "file": model.path,
+            "SHA-256 of the file": model.sha256,
+            "SHA-256 of the tensors": model.state_sha256,
+            "network": model.net,
+            "architecture": model.architecture,
+            "parameters": f"{model.parameters:,}",
+            "classes": model.classes,
+            "seed": record.seed,
+        },
+        "Samples": _source(record.suspects),
+        "Clean images": _source(record.clean),
+        "Environment": {**record.environment},
+        "Time and memory": {
+            **{stage: f"{seconds:,.1f} s" for stage, seconds in record.seconds.items()},
+            "peak memory": f"{record.peak_memory_bytes / 1e6:,.0f} MB",
+        },
+    }
+
+
+def _source(info: CleanInfo) -> dict[str, object]:
+    return {
+        "source": info.path,
+        "SHA-256": info.sha256,
+        "images": f"{info.images:,}",
+        "shape (channels, height, width)": " x ".join(map(str, info.shape)),
+    }

@@ -1,1 +1,0 @@
-"""Scanners: is there a backdoor, and which label does it serve."""

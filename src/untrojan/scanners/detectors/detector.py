@@ -1,0 +1,76 @@
+"""The base of every detector of poisoned samples."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.errors import DataError, ModelError
+from untrojan.model import require, seeded
+from untrojan.record import Diagnosis
+from untrojan.scanners.suspects import Suspects
+
+
+class Detector(ABC):
+    """Tells how suspicious each sample of a training set is. A subclass is a frozen dataclass and writes `_score`."""
+
+    name: ClassVar[str]
+
+    @final
+    def score(
+        self, model: nn.Module, clean: CleanSet, suspects: Suspects, diagnosis: Diagnosis, seed: int = 0
+    ) -> Tensor:
+        """Score every sample.
+
+        Args:
+            model: The network that was trained on the samples, from images `(N, C, H, W)` in [0, 1] to logits
+                `(N, K)`; it is not changed.
+            clean: Clean images with their true labels, at least one of each class.
+            suspects: The samples, with the labels that the training set gives them.
+            diagnosis: What a scan of the model found.
+            seed: Same seed, same scores; the caller's random state is left alone.
+
+        Returns:
+            Finite float `(N,)`, the more suspicious the higher. Scores of different detectors are on different scales.
+
+        Raises:
+            ModelError: The model cannot be used, or a score is NaN or infinite.
+            DataError: The clean images or the samples do not fit the model.
+        """
+        with seeded(seed):
+            require_fit(model, clean, suspects)
+            copied = copy.deepcopy(model).eval().requires_grad_(False)
+            scores = self._score(copied, clean, suspects, diagnosis, seed).float()
+        if scores.shape != suspects.labels.shape:
+            raise ModelError(f"{self.name}: expected {len(suspects)} scores, got a tensor {tuple(scores.shape)}")
+        if not torch.isfinite(scores).all():
+            raise ModelError(f"{self.name}: the model gives NaN or infinity on the samples")
+        return scores
+
+    @abstractmethod
+    def _score(self, model: nn.Module, clean: CleanSet, suspects: Suspects, diagnosis: Diagnosis, seed: int) -> Tensor:
+        """Score every sample with a copy of the model that may be changed, the random state seeded."""
+
+
+def require_fit(model: nn.Module, clean: CleanSet, suspects: Suspects) -> None:
+    """Raise unless the clean images fit the model, and the samples fit both."""
+    require(copy.deepcopy(model), clean)
+    if suspects.shape != clean.shape:
+        sizes = ["x".join(map(str, shape)) for shape in (clean.shape, suspects.shape)]
+        raise DataError(
+            f"expected samples of the size of the clean images, {sizes[0]}, got {sizes[1]} "
+            "(channels x height x width); resize or convert them first"
+        )
+    if clean.class_names and suspects.class_names and clean.class_names != suspects.class_names:
+        raise DataError(
+            "the clean images and the samples name their classes differently; expected one order of classes"
+        )
+    highest = int(suspects.labels.max())
+    if highest >= clean.num_classes:  # require found at least one clean image of each class of the model
+        raise DataError(
+            f"labels of the samples go up to {highest}, but the model has {clean.num_classes} classes, 0 to "
+            f"{clean.num_classes - 1}; labels count from 0"
+        )

@@ -1,0 +1,78 @@
+"""The base of every scanner."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import ClassVar, final
+
+from torch import Tensor, nn
+
+from untrojan.data import CleanSet
+from untrojan.model import logits, require, seeded
+from untrojan.progress import timing
+from untrojan.record import Diagnosis, MethodInfo, ScanRecord, environment, peak_memory
+from untrojan.registry import describe
+from untrojan.run import clean_info, collected, model_info
+from untrojan.sources.files import Checkpoint
+
+
+class Scanner(ABC):
+    """Examines a model with clean images alone. A subclass is a frozen dataclass and writes `_scan`."""
+
+    name: ClassVar[str]
+
+    @final
+    def scan(self, model: nn.Module, clean: CleanSet, seed: int = 0) -> Diagnosis:
+        """Examine a model.
+
+        Args:
+            model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
+            clean: Clean images with their true labels, at least one of each class.
+            seed: Same seed, same diagnosis; the caller's random state is left alone.
+
+        Returns:
+            The verdict with the suspected targets, best first, and the evidence.
+
+        Raises:
+            ModelError: The model cannot be used.
+            DataError: The images do not fit the model.
+        """
+        with seeded(seed):
+            require(copy.deepcopy(model), clean)
+            return self._scan(copy.deepcopy(model), clean, seed)
+
+    @final
+    def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:
+        """Examine a model as :meth:`scan` does, and keep the record.
+
+        Args:
+            model: As in :meth:`scan`.
+            clean: As in :meth:`scan`.
+            seed: As in :meth:`scan`.
+            source: The file the model came from, for the record.
+
+        Returns:
+            The diagnosis with everything that it stands on.
+
+        Raises:
+            ModelError: The model cannot be used.
+            DataError: The images do not fit the model.
+        """
+        with collected() as caught, timing() as seconds, seeded(seed):
+            diagnosis = self.scan(model, clean, seed)
+            classes = logits(copy.deepcopy(model), clean.take([0])).shape[1]
+        own = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        return ScanRecord(
+            method=MethodInfo(name=self.name, fields=describe(self)),
+            seed=seed,
+            model=model_info(model, source.tensors if source else own, classes, source),
+            clean=clean_info(clean, classes),
+            diagnosis=diagnosis,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory(),
+            environment=environment(),
+            warnings=[str(warning.message) for warning in caught],
+        )
+
+    @abstractmethod
+    def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
+        """Examine a copy of the model, with the random state seeded."""
