@@ -7,6 +7,7 @@ optimizer or bookkeeping, in the same run on the same machine. Iterations are fe
     python benchmarks/cost.py      # on an otherwise idle machine; writes benchmarks/records/cost.json and cost.md
 """
 
+import argparse
 import copy
 import json
 import resource
@@ -29,6 +30,7 @@ from untrojan.model import tapped
 from untrojan.record import Diagnosis, Record, environment, write_atomic
 from untrojan.sources.nets import SmallVGG
 
+RECORD = Path("benchmarks/records/cost.json")
 MODEL = SHARED / "checkpoints" / "ibau-cifar10-badnets-t8.pth"
 CLEAN = SHARED / "data" / "cifar10" / "train-lossless.parquet"
 NET = "small-vgg:classes=10"
@@ -61,7 +63,8 @@ def jobs(model: nn.Module, clean: untrojan.CleanSet) -> list[Job]:
     awm, anp = untrojan.AWM(outer_rounds=1, hold_out=0), untrojan.ANP(iterations=20)
     fmp, ibau = untrojan.FMP(images=32), untrojan.IBAU(rounds=1, hold_out=0, variant="released")
     half = -(-images // awm.batch_size) * awm.inner_rounds * awm.batch_size
-    maps = sum(module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    maps = sum(width for width in widths if width >= fmp.p)
     first, steps = ibau.batch_size, images // ibau.batch_size
     return [
         *(
@@ -231,20 +234,24 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write the record and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", help="measure only jobs that begin so, or `memory`; keep the other numbers"
+    )
+    only = parser.parse_args().only
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
+    result: dict[str, Any] = json.loads(RECORD.read_text()) if only else {"environment": environment(), "jobs": []}
     model = untrojan.load(MODEL, NET)
     clean = untrojan.CleanSet.load(CLEAN, samples=SAMPLES, seed=0)
     batch, labels = next(clean.batches(BATCH))
-    rows = [measure(job, model, batch, labels) for job in jobs(model, clean)]
-    fast, slow = one_map_at_a_time(model, clean)
-    result = {
-        "environment": environment(),
-        "jobs": rows,
-        "fmp_seconds": fast,
-        "fmp_one_at_a_time_seconds": slow,
-        "peak_memory_bytes": [memory(seed) for seed in range(3)],
-    }
-    write_atomic(Path("benchmarks/records/cost.json"), (json.dumps(result, indent=1) + "\n").encode())
+    asked = [job for job in jobs(model, clean) if not only or job.name.startswith(tuple(only))]
+    kept = [row for row in result["jobs"] if not row["job"].startswith(tuple(only or ()))]
+    result["jobs"] = [*kept, *(measure(job, model, batch, labels) for job in asked)]
+    if not only or "FMP" in only:
+        result["fmp_seconds"], result["fmp_one_at_a_time_seconds"] = one_map_at_a_time(model, clean)
+    if not only or "memory" in only:
+        result["peak_memory_bytes"] = [memory(seed) for seed in range(3)]
+    write_atomic(RECORD, (json.dumps(result, indent=1) + "\n").encode())
     write_atomic(Path("benchmarks/cost.md"), page(result).encode())
     print(page(result))
 
