@@ -25,6 +25,13 @@ def collected() -> Iterator[list[warnings.WarningMessage]]:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+def tensors_of(model: nn.Module, source: Checkpoint | None = None) -> dict[str, Tensor]:
+    """Give the state dict of a network, or that of the file which it came from."""
+    if source is not None:
+        return source.tensors
+    return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def model_info(
     model: nn.Module, state: Mapping[str, Tensor], classes: int | None, source: Checkpoint | None
 ) -> ModelInfo:

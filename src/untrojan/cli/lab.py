@@ -1,14 +1,14 @@
 """`untrojan lab`: what evaluation needs, and a defender never does."""
 
 import json
-from dataclasses import MISSING
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from untrojan.cli.options import json_option, value_of
+from untrojan.cli.options import field_cards, json_option, show_cards
 from untrojan.lab.attack import Attack
-from untrojan.registry import discover, documentation, fields
+from untrojan.registry import discover, documentation
 
 
 @click.group()
@@ -24,13 +24,10 @@ def attacks(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(cards, indent=2))
         return 0
-    width = max(len(card["name"]) for card in cards)
-    for card in cards:
-        click.echo(f"{card['name']:<{width}}  {card['summary']}")
-    for card in cards:
-        click.echo(f"\n{card['name']}")
-        for topic, text in (("poisons", _poisons(card)), ("fields", _fields(card)), ("paper", card["references"][0])):
-            click.echo(f"  {topic:<7}  {text}")
+    show_cards(
+        cards,
+        lambda card: {"poisons": _poisons(card), "fields": _fields(card), "paper": card["references"][0]},
+    )
     click.echo("\n`untrojan evaluate --attack NAME:field=value,field=value` puts the trigger of one on test images.")
     return 0
 
@@ -46,26 +43,17 @@ def _card(attack: type[Attack]) -> dict[str, Any]:
         "clean_label": attack.clean_label,
         "deviations": told.line("Deviations"),
         "references": told.references,
-        "fields": [
-            {
-                "name": each.name,
-                "type": value_of(each),
-                "required": each.default is MISSING,
-                "default": None if each.default is MISSING else each.default,
-                "help": each.help,
-            }
-            for each in fields(attack)
-        ],
+        "fields": field_cards(attack),
     }
 
 
-def _poisons(card: dict[str, Any]) -> str:
+def _poisons(card: Mapping[str, Any]) -> str:
     whose = "the target class, labels unchanged" if card["clean_label"] else "all images, from other classes"
     covers = f"; cover samples: {card['covers']:g} times as many" if card["covers"] else ""
     return f"{100 * card['rate']:g} % of {whose}{covers}"
 
 
-def _fields(card: dict[str, Any]) -> str:
+def _fields(card: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{each['name']}={each['type']}" if each["required"] else f"{each['name']}={each['default']}"
         for each in card["fields"]

@@ -1,14 +1,13 @@
 """`untrojan methods`: what can repair a model."""
 
 import json
-from dataclasses import MISSING
 from typing import Any
 
 import click
 
-from untrojan.cli.options import json_option, value_of
+from untrojan.cli.options import field_cards, json_option, show_cards
 from untrojan.defenses.defense import Defense
-from untrojan.registry import discover, documentation, fields
+from untrojan.registry import discover, documentation
 
 
 @click.command()
@@ -19,13 +18,10 @@ def methods(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(cards, indent=2, default=str))
         return 0
-    width = max(len(card["name"]) for card in cards)
-    for card in cards:
-        click.echo(f"{card['name']:<{width}}  {card['summary']}")
-    for card in cards:
-        click.echo(f"\n{card['name']}")
-        for topic, text in (("needs", card["needs"]), ("cost", card["cost"]), ("paper", card["references"][:1])):
-            click.echo(f"  {topic:<5}  {''.join(text)}")
+    show_cards(
+        cards,
+        lambda card: {"needs": card["needs"], "cost": card["cost"], "paper": "".join(card["references"][:1])},
+    )
     click.echo("\n`untrojan repair --method NAME --help` lists the options of one.")
     return 0
 
@@ -39,14 +35,5 @@ def _card(method: type[Defense]) -> dict[str, Any]:
         "needs": told.line("Needs"),
         "cost": told.line("Cost"),
         "references": told.references,
-        "fields": [
-            {
-                "name": each.name,
-                "type": value_of(each),
-                "required": each.default is MISSING,
-                "default": None if each.default is MISSING else each.default,
-                "help": each.help,
-            }
-            for each in fields(method)
-        ],
+        "fields": field_cards(method),
     }

@@ -6,7 +6,7 @@ import shlex
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,9 @@ from untrojan.registry import FieldInfo, fields
 
 Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)
+
+EXIT_CODES = {"not_found": 0, "found": 1, "inconclusive": 2}
+"""What a command that only examines a model exits with, by the verdict."""
 
 _AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -188,6 +191,32 @@ def value_of(field: FieldInfo) -> str:
     if typing.get_origin(field.annotation) is Literal:
         return "|".join(map(str, typing.get_args(field.annotation)))
     return getattr(field.annotation, "__name__", str(field.annotation))
+
+
+def field_cards(method: type) -> list[dict[str, Any]]:
+    """Give the fields of a method for a list in JSON."""
+    return [
+        {
+            "name": each.name,
+            "type": value_of(each),
+            "required": each.default is MISSING,
+            "default": None if each.default is MISSING else each.default,
+            "help": each.help,
+        }
+        for each in fields(method)
+    ]
+
+
+def show_cards(cards: Sequence[Mapping[str, Any]], topics: Callable[[Mapping[str, Any]], Mapping[str, str]]) -> None:
+    """Print a line for each method, then for each what there is to say on its topics."""
+    width = max(len(card["name"]) for card in cards)
+    for card in cards:
+        click.echo(f"{card['name']:<{width}}  {card['summary']}")
+    for card in cards:
+        click.echo(f"\n{card['name']}")
+        told = topics(card)
+        for topic, text in told.items():
+            click.echo(f"  {topic:<{max(map(len, told))}}  {text}")
 
 
 @contextlib.contextmanager

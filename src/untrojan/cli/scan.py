@@ -6,6 +6,7 @@ import click
 
 from untrojan.cli import printable
 from untrojan.cli.options import (
+    EXIT_CODES,
     WithMethodOptions,
     as_called,
     json_option,
@@ -22,8 +23,6 @@ from untrojan.report import evidence, finding
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
-
-EXIT_CODES = {"not_found": 0, "found": 1, "inconclusive": 2}
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.scanners", Scanner))

@@ -1,13 +1,14 @@
 """`untrojan screen`: which samples of a training set are poisoned."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 
 import click
 
 from untrojan.cli import printable
 from untrojan.cli.options import (
+    EXIT_CODES,
+    as_called,
     json_option,
     load_images,
     net_options,
@@ -23,8 +24,6 @@ from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
 from untrojan.scanners.samples import screen as rank
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
-
-EXIT = {"not_found": 0, "found": 1, "inconclusive": 2}
 
 
 @click.command()
@@ -96,15 +95,10 @@ def screen(
         network = load(source, net, mean, std)
         images = load_images(clean, samples, samples_per_class, seed)
         done = rank(network, images, suspects, detectors=chosen, seed=seed, shown=shown, source=source)
-        record = done.record.model_copy(
-            update={
-                "command": shlex.join(["untrojan", *ctx.obj]),
-                "model": done.record.model.model_copy(update={"net": net}),
-            }
-        )
+        record = as_called(done.record, ctx, net)
         dataclasses.replace(done, record=record).save(out, force)
     click.echo(record.to_json() if as_json else printable(_summary(record, out)), nl=not as_json)
-    return EXIT[record.diagnosis.verdict]
+    return EXIT_CODES[record.diagnosis.verdict]
 
 
 def _summary(record: ScreeningRecord, out: Path) -> str:

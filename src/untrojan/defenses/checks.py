@@ -16,10 +16,9 @@ def within(drop: float, budget: float) -> bool:
     return drop <= budget + _ROUNDING
 
 
-def lost_accuracy(model: nn.Module, repaired: nn.Module, clean: CleanSet) -> float:
-    """Accuracy of the original less that of the repaired model on the same images, as a fraction."""
-    before, after = (correct(each, clean).double().mean() for each in (model, repaired))
-    return float(before - after)
+def lost_accuracy(right: Tensor, repaired: nn.Module, clean: CleanSet) -> float:
+    """Accuracy of the original, which gets the images `right`, less that of the repaired model, as a fraction."""
+    return float(right.double().mean() - correct(repaired, clean).double().mean())
 
 
 def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, held_out: bool) -> Check:

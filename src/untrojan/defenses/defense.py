@@ -39,7 +39,7 @@ from untrojan.record import (
     write_atomic,
 )
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info
+from untrojan.run import clean_info, collected, model_info, tensors_of
 from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
 
@@ -215,7 +215,7 @@ class Defense(ABC):
         if not len(clean):
             text = "there are no clean images to verify the result on"
             return [*outcome.checks, Check(name="is verified", passed=False, detail=text)]
-        lost = lost_accuracy(model, outcome.model, clean)
+        lost = lost_accuracy(correct(model, clean), outcome.model, clean)
         checks = [keeps_accuracy(outcome.before, outcome.after, lost, self.budget, outcome.held_out), *outcome.checks]
         for dear in (loses_label, resists_perturbation):
             if all(check.passed for check in checks):
@@ -262,10 +262,7 @@ def _states(
 
     What the repair left alone keeps the very value of the source, which may be of a finer type than the network's.
     """
-    before, after = (
-        {name: value.detach() for name, value in each.state_dict().items() if isinstance(value, Tensor)}
-        for each in (model, repaired)
-    )
+    before, after = tensors_of(model), tensors_of(repaired)
     if source is None:
         return _copies(before), _copies(after)
     finest = {name: _finest(before[name], value) for name, value in source.tensors.items()}

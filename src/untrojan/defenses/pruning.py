@@ -152,8 +152,9 @@ class Pruning(Defense):
         self, model: nn.Module, clean: CleanSet, scores: Mask, cuts: list[Cut], chosen: int | None
     ) -> int | None:
         """Prune less than chosen where all images' scores cost more of their accuracy than the budget."""
+        right = correct(model, clean)
         while chosen is not None:
-            if within(lost_accuracy(model, cuts[chosen](scores).bake(model), clean), self.budget):
+            if within(lost_accuracy(right, cuts[chosen](scores).bake(model), clean), self.budget):
                 return chosen
             chosen = chosen - 1 if chosen else None
         return None

@@ -1,6 +1,5 @@
 """RNP: unlearn the clean task, recover it by scaling neurons down, prune the neurons that had to go."""
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -13,11 +12,10 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
-from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Check, UnlearningRun
-from untrojan.scanners.unlearning import AUGMENTATIONS, Unlearning, View
+from untrojan.scanners.unlearning import AUGMENTATIONS, Unlearning, View, warn_of_missed_floor
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -110,9 +108,7 @@ class RNP(Unlearning, Pruning):
         view = "crop-flip" if self.variant == "released" else "plain"
         unlearned, run = self.unlearn(model, clean, seed, view, detail)
         if not run.reached:
-            ended = f"an accuracy of {run.trace[-1].accuracy:.2f}" if run.trace else "the first step"
-            text = f"unlearning ended at {ended}, not at the floor of {self.floor:.2f}; the last state is used"
-            warnings.warn(UnreliableWarning(text), stacklevel=2)
+            warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
         return Learned(self._recover(unlearned, clean, seed, detail), run)
 
     def _recover(self, unlearned: nn.Module, clean: CleanSet, seed: int, detail: str) -> Mask:

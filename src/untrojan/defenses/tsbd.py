@@ -1,7 +1,6 @@
 """TSBD: zero the weights that unlearning changes most, then fine-tune where the loss is flat."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -14,10 +13,10 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, boldest, gradients, moved
-from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
+from untrojan.scanners.unlearning import warn_of_missed_floor
 
 _SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
 _TINY = 1e-12
@@ -129,9 +128,7 @@ class TSBD(Tuning):
             stop=lambda epoch: epoch.accuracy <= floor,
         )
         if not done.stopped:
-            ended = f"an accuracy of {done.epochs[-1].accuracy:.2f}" if done.epochs else "the first step"
-            text = f"unlearning ended at {ended}, not at the floor of {floor:.2f}; the last state is used"
-            warnings.warn(UnreliableWarning(text), stacklevel=2)
+            warn_of_missed_floor(done.epochs[-1].accuracy if done.epochs else None, floor)
         return unlearned
 
     def _fine_tune(self, model: nn.Module, clean: CleanSet, seed: int) -> None:

@@ -18,7 +18,7 @@ from untrojan.mask import products
 from untrojan.model import logits
 from untrojan.record import Diagnosis
 from untrojan.scanners.neural_cleanse import anomaly_index
-from untrojan.scanners.unlearning import Unlearning, View
+from untrojan.scanners.unlearning import Unlearning, View, warn_of_missed_floor
 
 MOST = 2
 
@@ -124,9 +124,7 @@ class ULRL(Unlearning, Tuning):
         """
         unlearned, run = self.unlearn(model, clean, seed, "plain")
         if not run.reached:
-            ended = f"an accuracy of {run.trace[-1].accuracy:.2f}" if run.trace else "the first step"
-            text = f"unlearning ended at {ended}, not at the floor of {self.floor:.2f}; the last state is used"
-            warnings.warn(UnreliableWarning(text), stacklevel=3)
+            warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
         name = f"{products(model)[-1]}.weight"
         moved = (unlearned.get_parameter(name) - model.get_parameter(name)).detach().abs().flatten(1).sum(1)
         over = [row for row, index in enumerate(anomaly_index(moved.tolist())) if index > self.z]

@@ -8,8 +8,12 @@ import base64
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from untrojan.record import CurvePoint, Diagnosis, Rate, Record, RunRecord
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _HERE = Path(__file__).parent
 _BADGES = {
@@ -34,10 +38,36 @@ def render(record: RunRecord) -> str:
         >>> Path("report.html").write_text(render(record), encoding="utf-8")  # doctest: +SKIP
     """
     from bokeh.resources import Resources
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from untrojan.report.plots import COLORS, figures, visible
+    from untrojan.report.plots import COLORS, figures
+
+    suspect = record.diagnosis.suspect
+    plots = figures(record, suspect)
+    scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
+    scripts.append(_read("page.js"))
+    return template("page.html.jinja", record).render(
+        record=record,
+        style=Markup(_read("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[_csp_hash(script) for script in scripts],
+        plots=plots.keys(),
+        plots_json=Markup(_inside_script(json.dumps({"colors": COLORS, "figures": plots}))),
+        record_json=Markup(_inside_script(record.to_json())),
+        verdict=_verdict(record),
+        badge=_badge(record),
+        suspect=suspect,
+        evidence=evidence(record),
+        chosen=_chosen(record),
+        settings=_settings(record),
+    )
+
+
+def template(name: str, record: RunRecord) -> "Template":
+    """Open a page template; text from the record is escaped in it, and made visible."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from untrojan.report.plots import visible
 
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -54,25 +84,7 @@ def render(record: RunRecord) -> str:
         "size": _size,
         "label": record.label,
     }
-    suspect = record.diagnosis.suspect
-    plots = figures(record, suspect)
-    scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
-    scripts.append(_read("page.js"))
-    return environment.get_template("page.html.jinja").render(
-        record=record,
-        style=Markup(_read("page.css")),
-        scripts=[Markup(script) for script in scripts],
-        hashes=[_csp_hash(script) for script in scripts],
-        plots=plots.keys(),
-        plots_json=Markup(_inside_script(json.dumps({"colors": COLORS, "figures": plots}))),
-        record_json=Markup(_inside_script(record.to_json())),
-        verdict=_verdict(record),
-        badge=_badge(record),
-        suspect=suspect,
-        evidence=evidence(record),
-        chosen=_chosen(record),
-        settings=_settings(record),
-    )
+    return environment.get_template(name)
 
 
 def finding(record: RunRecord) -> str:

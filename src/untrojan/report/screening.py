@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from untrojan.record import CleanInfo
+from untrojan.report import template
 from untrojan.scanners.samples import ScreeningRecord
 
 _HERE = Path(__file__).parent
@@ -33,21 +34,9 @@ def render(record: ScreeningRecord, images: Tensor) -> str:
     Returns:
         One HTML page that needs no network.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from untrojan.report.plots import visible
-
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["label"] = record.label
-    return environment.get_template("screening.html.jinja").render(
+    return template("screening.html.jinja", record).render(
         record=record,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         badge=_VERDICTS[record.diagnosis.verdict],

@@ -28,7 +28,7 @@ from untrojan.record import (
     write_atomic,
 )
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info
+from untrojan.run import clean_info, collected, model_info, tensors_of
 from untrojan.scanners.detectors.detector import Detector, require_fit
 from untrojan.scanners.detectors.unlearned import Unlearned
 from untrojan.scanners.suspects import Suspects
@@ -184,12 +184,11 @@ def screen(
         scores = {each.name: each.score(model, clean, samples, diagnosis, seed) for each in detectors}
     first, *others = [MethodInfo(name=each.name, fields=describe(each)) for each in detectors]
     order = scores[first.name].argsort(descending=True, stable=True)
-    own = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     record = ScreeningRecord(
         method=first,
         others=others,
         seed=seed,
-        model=model_info(model, source.tensors if source else own, clean.num_classes, source),
+        model=model_info(model, tensors_of(model, source), clean.num_classes, source),
         clean=clean_info(clean, clean.num_classes),
         suspects=_info(samples, sha256, clean.num_classes),
         diagnosis=diagnosis,

@@ -4,14 +4,14 @@ import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.model import logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord, environment, peak_memory
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info
+from untrojan.run import clean_info, collected, model_info, tensors_of
 from untrojan.sources.files import Checkpoint
 
 
@@ -60,11 +60,10 @@ class Scanner(ABC):
         with collected() as caught, timing() as seconds, seeded(seed):
             diagnosis = self.scan(model, clean, seed)
             classes = logits(copy.deepcopy(model), clean.take([0])).shape[1]
-        own = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         return ScanRecord(
             method=MethodInfo(name=self.name, fields=describe(self)),
             seed=seed,
-            model=model_info(model, source.tensors if source else own, classes, source),
+            model=model_info(model, tensors_of(model, source), classes, source),
             clean=clean_info(clean, classes),
             diagnosis=diagnosis,
             seconds=seconds,

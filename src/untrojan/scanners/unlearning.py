@@ -1,6 +1,7 @@
 """Which class survives unlearning: the label read-out of RNP's unlearned model."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
+from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scanners.scanner import Scanner
@@ -117,6 +119,13 @@ class Unlearning:
         for module, original in zip(unlearned.modules(), model.modules(), strict=True):
             module.training = original.training
         return Unlearned(unlearned, run)
+
+
+def warn_of_missed_floor(last: float | None, floor: float) -> None:
+    """Warn that unlearning ended above its floor, at the accuracy `last`, or before its first epoch ended."""
+    ended = "the first step" if last is None else f"an accuracy of {last:.2f}"
+    text = f"unlearning ended at {ended}, not at the floor of {floor:.2f}; the last state is used"
+    warnings.warn(UnreliableWarning(text), stacklevel=3)
 
 
 def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
