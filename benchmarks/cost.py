@@ -10,7 +10,6 @@ optimizer or bookkeeping, in the same run on the same machine. Iterations are fe
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -196,8 +195,7 @@ def memory(seed: int) -> int:
     folder = Path("runs/cost")
     arguments = [sys.executable, *map(str, command), "--out", str(folder), "--method", "rnp", "--force", "--quiet"]
     subprocess.run(arguments, check=False, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return max(peak, Record.load(folder / "record.json").peak_memory_bytes)
+    return Record.load(folder / "record.json").peak_memory_bytes
 
 
 def page(result: dict[str, Any]) -> str:

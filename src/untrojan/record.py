@@ -5,15 +5,16 @@ in seconds. A file is written whole or not at all (:func:`write_atomic`), and so
 (:func:`staged`).
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -340,7 +341,7 @@ def require_free(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged(folder: str | Path, force: bool) -> Iterator[Path]:
     """Give a hidden folder to write a run into, for :func:`move`; it is gone afterwards, whatever happens.
 
@@ -390,6 +391,14 @@ def environment() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process so far, in bytes.
+
+    On Linux the resource usage of a process begins with the size of the one that started it, so the kernel's own
+    account of this process is read there.
+    """
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
