@@ -4,7 +4,7 @@
 
     clean = untrojan.CleanSet.load("clean.parquet", samples=500)
     model = untrojan.load("model.safetensors", net="resnet18:classes=10")
-    repair = untrojan.repair(model, clean, method=untrojan.RNP())
+    repair = untrojan.repair(model, clean)
     repair.save("runs/mine")
 """
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from untrojan.data import CleanSet
     from untrojan.defenses.anp import ANP
+    from untrojan.defenses.auto import Auto
     from untrojan.defenses.awm import AWM
     from untrojan.defenses.bnp import BNP
     from untrojan.defenses.clp import CLP
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ANP": "untrojan.defenses.anp",
     "AWM": "untrojan.defenses.awm",
+    "Auto": "untrojan.defenses.auto",
     "BNP": "untrojan.defenses.bnp",
     "CLP": "untrojan.defenses.clp",
     "CleanSet": "untrojan.data",
@@ -94,6 +96,7 @@ _HOMES = {
 __all__ = [
     "ANP",
     "AWM",
+    "Auto",
     "BNP",
     "CLP",
     "CleanSet",
@@ -142,16 +145,16 @@ def repair(
     model: "nn.Module",
     clean: "CleanSet",
     *,
-    method: "Defense",
+    method: "Defense | None" = None,
     diagnosis: "Diagnosis | None" = None,
     seed: int = 0,
 ) -> "Repair":
-    """Repair a model with a method.
+    """Repair a model.
 
     Args:
         model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
         clean: Clean images with their true labels, at least one of each class.
-        method: How; for example :class:`untrojan.RNP`.
+        method: How; by default :class:`untrojan.Auto`.
         diagnosis: What a scan found; without it the method looks for itself.
         seed: Same seed, same repair.
 
@@ -170,7 +173,9 @@ def repair(
         >>> untrojan.repair(build("digits-cnn"), clean, method=method).record.units_changed
         2
     """
-    return method.repair(model, clean, diagnosis, seed)
+    from untrojan.defenses.auto import Auto
+
+    return (method or Auto()).repair(model, clean, diagnosis, seed)
 
 
 def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = None, seed: int = 0) -> "ScanRecord":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -46,6 +46,7 @@ def fit(
     detail: str = "",
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     buffers: Sequence[Tensor] = (),
+    clip: float | None = None,
     project: Callable[[], object] | None = None,
     stop: Callable[[Epoch], bool] | None = None,
 ) -> Fit:
@@ -65,6 +66,7 @@ def fit(
         detail: Which of several rounds this is.
         schedule: Makes the schedule of the learning rate; stepped after each epoch.
         buffers: Tensors that `step` writes to, such as running statistics.
+        clip: Largest l2 norm of the gradient; a longer one is shortened to it.
         project: Called after each update, to put the tensors back into their allowed range.
         stop: Called after each epoch; true ends the fit.
 
@@ -100,6 +102,8 @@ def fit(
                 loss, logits = gradient(images, labels)
                 if not math.isfinite(loss):
                     break
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip)
                 updates.step()
                 if project is not None:
                     with torch.no_grad():

@@ -25,7 +25,7 @@ from untrojan.sources.files import Checkpoint
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))
-@run_options("rnp", "See `untrojan methods`.")
+@run_options("auto", "See `untrojan methods`.")
 @json_option
 @quiet_option
 @click.pass_context

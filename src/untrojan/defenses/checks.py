@@ -1,13 +1,16 @@
 """What a repaired model must satisfy before it is called repaired: checks that need no trigger."""
 
+import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.model import correct, logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.inversion import universal
+from untrojan.scanners.patches import search, smallest
 from untrojan.scanners.unlearning import UnlearningScanner
 
+PATCHES = 1000
 _ROUNDING = 1e-9
 
 
@@ -80,6 +83,34 @@ def resists_perturbation(
         detail=(
             f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
             f"original sends {after:.0%} there now; accepted are {allowed:.0%}, twice a fair share"
+        ),
+    )
+
+
+def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
+    """Small patches of full opacity that the original falls for, and others at their places, must have lost effect."""
+    name = "resists recovered patches"
+    label = diagnosis.suspect
+    if label is None or bool((clean.labels == label).all()):
+        return Check(name=name, passed=False, detail="there is no label to recover patches for")
+    generator = torch.Generator().manual_seed(seed + 1)
+    found = search(model, clean, label, generator)
+    patch = smallest(model, clean, label, found)
+    rows = found.draw(PATCHES, generator)
+    other = torch.randint(len(found.patterns), (PATCHES // 2,), generator=generator)
+    tried = found._replace(boxes=found.boxes[rows], which=torch.cat([found.which[rows[: -len(other)]], other]))
+    others = clean.take(clean.labels != label)
+    images = others.take(torch.randint(len(others), (PATCHES,), generator=generator))
+    stamped = CleanSet(tried.stamp(images.floats(), torch.arange(PATCHES)), images.labels)
+    before, after = (float((logits(each, stamped).argmax(1) == label).double().mean()) for each in (model, repaired))
+    single = patch.success_on(repaired, clean, label)
+    allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    return Check(
+        name=name,
+        passed=max(after, single) <= allowed,
+        detail=(
+            f"{patch} sends {patch.success:.0%} of the images to label {label} in the original and {single:.0%} now, "
+            f"all recovered patches and others at their places {before:.0%} and {after:.0%}; accepted are {allowed:.0%}"
         ),
     )
 

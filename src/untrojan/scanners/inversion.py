@@ -1,5 +1,6 @@
 """A trigger from the model alone: one perturbation that sends every image to a label."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ ROUNDS = 14
 EPOCHS = 20
 IMAGES = 200
 BATCH = 25
+SHORT_BATCH = 64
+SHORT_STEPS = 60
 
 
 class Perturbation(NamedTuple):
@@ -67,35 +70,64 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
     generator = torch.Generator().manual_seed(seed)
     others = clean.take(clean.labels != label)
     shown = others.take(torch.randperm(len(others), generator=generator)[:IMAGES])
-    values = torch.zeros(clean.shape)
-    norm = FIRST_NORM
-    found = Perturbation(values, norm)
+    found = Perturbation(torch.zeros(clean.shape), FIRST_NORM)
+    for number in range(ROUNDS):
+        found = Perturbation(found.values, FIRST_NORM * GROWTH**number)
+        _improve(found, model, lambda: shown.batches(BATCH, generator), label, EPOCHS)
+        if found.success(model, others, label) >= ENOUGH:
+            break
+    return found
+
+
+def bounded(model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator) -> Perturbation:
+    """Find the perturbation of a given l1 norm that sends most images of other classes to a label, in a short search.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to find it on, with at least one of another class.
+        label: Where to send them.
+        norm: In units of the full pixel range.
+        generator: Decides the order of the images.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> bounded(net, images, 1, 3.0, torch.Generator().manual_seed(0)).values.abs().sum() <= 3.001
+        tensor(True)
+    """
+    found = Perturbation(torch.zeros(clean.shape), norm)
+    others = clean.take(clean.labels != label)
+    _improve(found, model, lambda: others.draws(SHORT_BATCH, SHORT_STEPS, generator), label, epochs=1)
+    return found
+
+
+def _improve(
+    found: Perturbation,
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    label: int,
+    epochs: int,
+) -> None:
+    """Change a perturbation in place, within the ball of its norm."""
+    values = found.values
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         out = model((images + values).clamp(0, 1))
         return functional.cross_entropy(out, torch.full_like(labels, label)), out
 
-    def project() -> None:
-        values.copy_(_onto_l1_ball(values, norm))
-
     with mode(model, training=False):
-        for number in range(ROUNDS):
-            norm = FIRST_NORM * GROWTH**number
-            fit(
-                [values],
-                step,
-                lambda: shown.batches(BATCH, generator),
-                partial(torch.optim.Adam, lr=0.05),
-                EPOCHS,
-                name="invert",
-                detail=f"l1 norm {norm:g}",
-                project=project,
-                stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
-            )
-            found = Perturbation(values.detach().clone(), norm)
-            if found.success(model, others, label) >= ENOUGH:
-                break
-    return found
+        fit(
+            [values],
+            step,
+            batches,
+            partial(torch.optim.Adam, lr=0.05),
+            epochs,
+            name="invert",
+            detail=f"l1 norm {found.norm:g}",
+            project=lambda: values.copy_(_onto_l1_ball(values, found.norm)),
+            stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
+        )
+    values.requires_grad_(False)
 
 
 def _onto_l1_ball(values: Tensor, norm: float) -> Tensor:

@@ -1,0 +1,312 @@
+"""A trigger from the model alone: small patches of full opacity that send images to a label.
+
+Optimizing a mask together with a pattern finds shortcuts, faint and spread out. A patch that hides what is behind it is
+what an attacker stamps, but its place, size and pattern cannot all be tried. So patterns as large as an image are
+optimized while random windows of them are stamped, which makes every place of a pattern fit for the windows around it.
+Windows that worked are drawn again: moved a little, made smaller, with another pattern.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.fit import fit
+from untrojan.model import mode
+from untrojan.progress import stage
+
+STEPS = 150
+BATCH = 64
+PATTERNS = 4
+ROUNDS = 5
+REMEMBERED = 60 * BATCH
+ENOUGH = 0.95
+_TINY = 1e-9
+
+
+class Patches(NamedTuple):
+    """Patches that were tried.
+
+    Attributes:
+        patterns: `(P, C, H, W)` in [0, 1]; a patch shows what its pattern has at its place.
+        boxes: Height, width, top and left of each patch: `(N, 4)`.
+        which: The pattern of each: `(N,)`.
+        strength: Probability of the label that an image with the patch got: `(N,)` in [0, 1].
+    """
+
+    patterns: Tensor
+    boxes: Tensor
+    which: Tensor
+    strength: Tensor
+
+    @property
+    def areas(self) -> Tensor:
+        """Pixels that each patch covers: `(N,)`."""
+        return self.boxes[:, 0] * self.boxes[:, 1]
+
+    @property
+    def weights(self) -> Tensor:
+        """How much each patch matters: strong ones do, and the small ones of these most."""
+        return (self.strength**2 + _TINY) / self.areas.sqrt()
+
+    def stamp(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Put patch `rows[i]` onto image `i`."""
+        masks = _masks(self.boxes[rows], images.shape[-2], images.shape[-1])
+        return torch.where(masks, self.patterns[self.which[rows]], images)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw patches by their weights, with replacement: rows `(count,)`."""
+        return torch.multinomial(self.weights, count, replacement=True, generator=generator)
+
+    def joined(self, other: "Patches") -> "Patches":
+        """These patches and others, patterns included."""
+        return Patches(
+            torch.cat([self.patterns, other.patterns]),
+            torch.cat([self.boxes, other.boxes]),
+            torch.cat([self.which, other.which + len(self.patterns)]),
+            torch.cat([self.strength, other.strength]),
+        )
+
+
+class HardPatch(NamedTuple):
+    """One patch of full opacity.
+
+    Attributes:
+        values: What it shows: `(C, h, w)` in [0, 1].
+        top: Its first row.
+        left: Its first column.
+        success: Share of the images of other classes that it sends to the label.
+    """
+
+    values: Tensor
+    top: int
+    left: int
+    success: float
+
+    def __str__(self) -> str:
+        height, width = self.values.shape[1:]
+        return f"a patch of {height}x{width} pixels at row {self.top}, column {self.left}"
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Put the patch onto a copy of images `(N, C, H, W)`."""
+        height, width = self.values.shape[1:]
+        stamped = images.clone()
+        stamped[..., self.top : self.top + height, self.left : self.left + width] = self.values
+        return stamped
+
+    def success_on(self, model: nn.Module, clean: CleanSet, label: int) -> float:
+        """Share of the images of other classes that get `label` with the patch on."""
+        others = clean.take(clean.labels != label)
+        with mode(model, training=False), torch.no_grad():
+            hits = sum(int((model(self.stamp(images)).argmax(1) == label).sum()) for images, _ in others.batches(100))
+        return hits / len(others)
+
+
+def search(
+    model: nn.Module,
+    clean: CleanSet,
+    label: int,
+    generator: torch.Generator,
+    known: Patches | None = None,
+    steps: int = STEPS,
+    detail: str = "",
+) -> Patches:
+    """Look for small patches of full opacity, at any place, that send images of other classes to a label.
+
+    Their sides are between a sixteenth and a quarter of those of the images. Patterns are a few that are optimized,
+    black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from
+    those that worked: changed a little, or a part of them.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to stamp, with at least one of another class.
+        label: Where to send them.
+        generator: Decides everything random.
+        known: Patches that worked on another state of the network; some of those tried are near them.
+        steps: Batches of 64 images.
+        detail: Which of several searches this is, for progress.
+
+    Returns:
+        The patches of the second half of the steps. Where nothing sends images to the label, all of them are weak.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> found = search(net, images, 1, torch.Generator().manual_seed(0), steps=10)
+        >>> found.patterns.shape, found.boxes.shape
+        (torch.Size([6, 1, 8, 8]), torch.Size([320, 4]))
+
+    References:
+        Wang et al.: Neural Cleanse, IEEE S&P 2019, whose soft masks this replaces by windows.
+    """
+    rounds = min(ROUNDS, steps)
+    look = _Search(model, clean.take(clean.labels != label), label, generator, known, unguided=steps // rounds)
+    with mode(model, training=False):
+        fit(
+            [look.patterns],
+            look.step,
+            lambda: look.shown.draws(BATCH, steps // rounds, generator),
+            partial(torch.optim.Adam, lr=0.1),
+            rounds,
+            name="search patches",
+            detail=detail,
+            project=lambda: look.patterns.clamp_(0, 1),
+        )
+    return look.found(steps // rounds * rounds // 2 * BATCH)
+
+
+def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) -> HardPatch:
+    """The smallest patch that sends 95 % of the images of other classes to a label, or else the one that sends most.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to judge by, with at least one of another class.
+        label: Where to send them.
+        patches: Those to choose from; the few that matter most are tried.
+    """
+    tried = []
+    candidates = _candidates(patches)
+    with stage("try patches", total=len(candidates)) as advance:
+        for row in candidates:
+            height, width, top, left = patches.boxes[row].tolist()
+            values = patches.patterns[patches.which[row], :, top : top + height, left : left + width].clone()
+            patch = HardPatch(values, top, left, 0.0)
+            tried.append(patch._replace(success=patch.success_on(model, clean, label)))
+            advance()
+    enough = [patch for patch in tried if patch.success >= ENOUGH]
+    if enough:
+        return min(enough, key=lambda patch: (patch.values[0].numel(), -patch.success))
+    return max(tried, key=lambda patch: patch.success)
+
+
+def _candidates(patches: Patches) -> list[int]:
+    """Rows of the patches of each size that did best over all images they were tried on, one of each size."""
+    keys, group = torch.cat([patches.boxes, patches.which[:, None]], 1).unique(dim=0, return_inverse=True)
+    tries = torch.zeros(len(keys)).index_add(0, group, torch.ones(len(group)))
+    mean = torch.zeros(len(keys)).index_add(0, group, patches.strength) / (tries + 1)
+    best: dict[int, int] = {}
+    for row in mean[group].argsort(descending=True, stable=True).tolist():
+        best.setdefault(int(patches.areas[row]), row)
+    return list(best.values())
+
+
+class BoxDraws:
+    """Draws places and sizes of patches, whose sides are between a sixteenth and a quarter of those of the images."""
+
+    def __init__(self, height: int, width: int, generator: torch.Generator) -> None:
+        self.height = height
+        self.width = width
+        self.generator = generator
+
+    def anywhere(self, count: int) -> Tensor:
+        """Any boxes: `(count, 4)`."""
+        height, width = self._sides(count)
+        return torch.stack([height, width, self._upto(self.height - height), self._upto(self.width - width)], 1)
+
+    def varied(self, boxes: Tensor) -> Tensor:
+        """Move every second box and its edges by up to a pixel, and take a part of the others."""
+        out = torch.empty_like(boxes)
+        out[::2], out[1::2] = self._moved(boxes[::2]), self._part_of(boxes[1::2])
+        return out
+
+    def _sides(self, count: int) -> tuple[Tensor, Tensor]:
+        sides = [
+            torch.randint(_least(side), _most(side) + 1, (count,), generator=self.generator)
+            for side in (self.height, self.width)
+        ]
+        return sides[0], sides[1]
+
+    def _upto(self, room: Tensor) -> Tensor:
+        return (torch.rand(len(room), generator=self.generator) * (room + 1)).long()
+
+    def _part_of(self, boxes: Tensor) -> Tensor:
+        height, width = (torch.minimum(*each) for each in zip(self._sides(len(boxes)), boxes[:, :2].T, strict=True))
+        top = boxes[:, 2] + self._upto(boxes[:, 0] - height)
+        left = boxes[:, 3] + self._upto(boxes[:, 1] - width)
+        return torch.stack([height, width, top, left], 1)
+
+    def _moved(self, boxes: Tensor) -> Tensor:
+        by = torch.randint(-1, 2, boxes.shape, generator=self.generator)
+        still = torch.rand(len(boxes), 1, generator=self.generator) < 0.3
+        height, width, top, left = (boxes + by * ~still).T
+        height = height.clamp(_least(self.height), _most(self.height))
+        width = width.clamp(_least(self.width), _most(self.width))
+        top = torch.minimum(top.clamp(min=0), self.height - height)
+        left = torch.minimum(left.clamp(min=0), self.width - width)
+        return torch.stack([height, width, top, left], 1)
+
+
+class _Search:
+    """Optimizes patterns while patches of them are tried, and remembers what each patch did."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shown: CleanSet,
+        label: int,
+        generator: torch.Generator,
+        known: Patches | None,
+        unguided: int,
+    ) -> None:
+        self.model = model
+        self.label = label
+        self.generator = generator
+        self.known = known
+        self.shown = shown
+        self.unguided = unguided
+        _, height, width = shown.shape
+        self.draws = BoxDraws(height, width, generator)
+        self.patterns = torch.rand(PATTERNS, *shown.shape, generator=generator)
+        self.solid = torch.tensor([0.0, 1.0])[:, None, None, None].expand(-1, *shown.shape)
+        self.tried: list[Patches] = []
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, which = self._next(len(images))
+        tried = Patches(torch.cat([self.patterns, self.solid]), boxes, which, torch.zeros(len(images)))
+        out = self.model(tried.stamp(images, torch.arange(len(images))))
+        strength = out.detach().softmax(1)[:, self.label]
+        self.tried.append(tried._replace(patterns=tried.patterns.detach(), strength=strength))
+        return functional.cross_entropy(out, torch.full_like(labels, self.label)), out
+
+    def found(self, last: int) -> Patches:
+        """The last patches tried, with the patterns as they are now."""
+        tried = self.tried[-max(1, last // BATCH) :]
+        boxes, which, strength = (torch.cat([getattr(each, name) for each in tried]) for name in Patches._fields[1:])
+        return Patches(torch.cat([self.patterns.detach(), self.solid]), boxes, which, strength)
+
+    def _next(self, count: int) -> tuple[Tensor, Tensor]:
+        """What to try: anything; where something worked before, changes of it; near what is known."""
+        boxes, which = self.draws.anywhere(count), self._any_pattern(count)
+        quarter = count // 4
+        if quarter and len(self.tried) >= self.unguided:
+            worked = self.found(REMEMBERED)
+            rows = worked.draw(2 * quarter, self.generator)
+            boxes[: 2 * quarter] = self.draws.varied(worked.boxes[rows])
+            which[: 3 * quarter // 2] = worked.which[rows[: 3 * quarter // 2]]
+        if quarter and self.known is not None:
+            near = self.known.boxes[self.known.draw(quarter, self.generator)]
+            boxes[-quarter:] = self.draws.varied(near)
+        return boxes, which
+
+    def _any_pattern(self, count: int) -> Tensor:
+        optimized = torch.randint(PATTERNS, (count,), generator=self.generator)
+        solid = torch.randint(len(self.solid), (count,), generator=self.generator) + PATTERNS
+        return torch.where(torch.rand(count, generator=self.generator) < 2 / 3, optimized, solid)
+
+
+def _least(side: int) -> int:
+    return max(1, side // 16)
+
+
+def _most(side: int) -> int:
+    return max(1, side // 4)
+
+
+def _masks(boxes: Tensor, height: int, width: int) -> Tensor:
+    """True inside of each box: `(N, 1, H, W)`."""
+    tall, wide, top, left = (each.view(-1, 1, 1, 1) for each in boxes.T)
+    row, column = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
+    return (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
