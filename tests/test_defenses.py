@@ -19,13 +19,14 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
+from untrojan.scanners.patches import search
 from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 
 DEFENSES = discover("untrojan.defenses", Defense)
-FEW = ("epochs", "rounds", "iterations")
+FEW = ("epochs", "rounds", "iterations", "steps")
 QUICK = {
     name: {field.name: 2 for field in fields(cls) if field.name.endswith(FEW)}
     | ({"select": "count", "count": 2} if issubclass(cls, Pruning) else {})
@@ -52,6 +53,7 @@ def _short_checks(monkeypatch):
     monkeypatch.setattr("untrojan.scanners.inversion.ROUNDS", 1)
     monkeypatch.setattr("untrojan.scanners.inversion.EPOCHS", 1)
     monkeypatch.setattr("untrojan.defenses.checks.UnlearningScanner", partial(UnlearningScanner, unlearn_epochs=1))
+    monkeypatch.setattr("untrojan.defenses.checks.search", partial(search, steps=2))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """auto: recover triggers of the suspected label, teach the model to ignore them, and look again."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -126,8 +127,10 @@ class Auto(Tuning):
                 out.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
             ), out
 
+        shifted = partial(crop_flip, padding=math.ceil(min(clean.shape[1:]) / 8))
+
         def views() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, crop_flip):
+            for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, shifted):
                 yield torch.cat([_mixed(images[: self.batch_size], generator), images[self.batch_size :]]), labels
 
         fit(
@@ -150,12 +153,12 @@ class _Triggers:
         self.label = label
         self.generator = generator
         self.boxes = BoxDraws(*shape[1:], generator)
-        self.patches: Patches | None = None
+        self.patches = Patches.none(shape)
         self.now = torch.zeros(0)
         self.faint: list[Perturbation] = []
 
     def add(self, patches: Patches) -> None:
-        self.patches = self.patches.joined(patches) if self.patches else patches
+        self.patches = self.patches.joined(patches)
         self.now = torch.cat([self.now, patches.strength])
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
@@ -168,7 +171,6 @@ class _Triggers:
         return torch.cat([perturbed, self._patched(images[split:], student)])
 
     def _patched(self, images: Tensor, student: nn.Module) -> Tensor:
-        assert self.patches is not None
         known = self.patches
         weights = self.now**2 + REMEMBERED * known.strength**2 + TINY
         rows = torch.multinomial(weights, TRIED * len(images), replacement=True, generator=self.generator)

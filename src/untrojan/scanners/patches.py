@@ -42,6 +42,12 @@ class Patches(NamedTuple):
     which: Tensor
     strength: Tensor
 
+    @classmethod
+    def none(cls, shape: tuple[int, int, int]) -> "Patches":
+        """No patches yet, for images `(C, H, W)`."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.zeros(0, *shape), nothing.view(0, 4), nothing, torch.zeros(0))
+
     @property
     def areas(self) -> Tensor:
         """Pixels that each patch covers: `(N,)`."""
@@ -286,7 +292,7 @@ class _Search:
             rows = worked.draw(2 * quarter, self.generator)
             boxes[: 2 * quarter] = self.draws.varied(worked.boxes[rows])
             which[: 3 * quarter // 2] = worked.which[rows[: 3 * quarter // 2]]
-        if quarter and self.known is not None:
+        if quarter and self.known is not None and len(self.known.boxes):
             near = self.known.boxes[self.known.draw(quarter, self.generator)]
             boxes[-quarter:] = self.draws.varied(near)
         return boxes, which

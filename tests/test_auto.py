@@ -1,0 +1,116 @@
+"""auto removes a backdoor that it is not told of, and keeps what the model knows."""
+
+import copy
+
+import pytest
+import torch
+from tiny import backdoored, build, make_clean
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.defenses.auto import Auto, _mixed, _Triggers
+from untrojan.errors import UnreliableWarning
+from untrojan.model import correct, logits
+from untrojan.record import Diagnosis, Target
+from untrojan.scanners.inversion import Perturbation
+from untrojan.scanners.patches import Patches
+
+TARGET = 3
+GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=TARGET, score=0.9)], runs=[])
+NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+
+
+def with_square(clean):
+    """Images of other classes with the square that the attacker planted."""
+    others = clean.take(clean.labels != TARGET)
+    images = others.floats()
+    images[:, :, 6:, 6:] = 1
+    return CleanSet(images, others.labels)
+
+
+def triggers(count=3):
+    made = _Triggers(1, (3, 8, 8), torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2, 2, 3, 3]]).repeat(count, 1)
+    made.add(Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count)))
+    made.faint.append(Perturbation(torch.full((3, 8, 8), 0.01), 1.92))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_a_planted_square_loses_its_effect():
+    net, clean = backdoored(TARGET)
+    stamped = with_square(clean)
+    assert (logits(net, stamped).argmax(1) == TARGET).double().mean() > 0.9
+    rest, held = clean.split(0.5, 0)
+    repaired = Auto(rounds=3).tune(copy.deepcopy(net), rest, held, GIVEN, seed=0)
+    assert (logits(repaired, stamped).argmax(1) == TARGET).double().mean() < 0.1
+    assert correct(repaired, stamped).double().mean() > 0.8
+    assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.03
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_running_statistics_stay():
+    net, clean = build("batchnorm"), make_clean()
+    repaired = Auto(rounds=1, steps=2, search_steps=2).tune(copy.deepcopy(net), clean, clean, GIVEN, seed=0)
+    before, after = dict(net.named_buffers()), dict(repaired.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(not torch.equal(one, other) for one, other in zip(net.parameters(), repaired.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("case", ["no suspect", "no other class"])
+def test_without_a_label_nothing_is_done(case):
+    net, clean = build("plain"), make_clean()
+    if case == "no other class":
+        clean = clean.take(clean.labels == TARGET)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.warns(UnreliableWarning, match="no label"):
+        out = Auto().tune(net, clean, clean, NOBODY if case == "no suspect" else GIVEN, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in out.state_dict().items())
+
+
+class Falls(nn.Module):
+    """Falls for everything, or for nothing."""
+
+    def __init__(self, falls):
+        super().__init__()
+        self.falls = falls
+
+    def forward(self, images):
+        return torch.tensor([[0.0, 9.0 if self.falls else -9.0]]).expand(len(images), -1)
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_what_works_is_remembered(falls):
+    made = triggers()
+    images = torch.rand(16, 3, 8, 8)
+    carriers = made.put_on(images, Falls(falls))
+    assert carriers.shape == images.shape
+    assert carriers.min() >= 0
+    assert carriers.max() <= 1
+    assert len(made.now) == len(made.patches.boxes) == len(made.patches.which) == len(made.patches.strength)
+    if falls:
+        assert len(made.now) > 3
+        assert (made.now > 0.9).all()
+    else:
+        assert len(made.now) == 3
+        assert (made.now < 0.6).all()
+
+
+def test_three_quarters_carry_a_patch_and_the_others_a_perturbation():
+    images = torch.rand(400, 3, 8, 8) * 0.5
+    changed = (triggers().put_on(images, Falls(False)) - images).abs() > 1e-6
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    outside = changed[:, :, ~inside].any(2).any(1)
+    assert outside[:100].all()
+    assert not outside[100:].any()
+    assert changed[100:].any(3).any(2).any(1).double().mean() > 0.9
+
+
+def test_mixing_keeps_half_of_the_images_and_most_of_the_others():
+    images = torch.eye(64)[:, :, None, None]
+    mixed = _mixed(images, torch.Generator().manual_seed(0))[:, :, 0, 0]
+    own = mixed.diagonal()
+    assert (own >= 0.5 - 1e-6).all()
+    assert (own == 1).double().mean() == pytest.approx(0.5, abs=0.2)
+    assert torch.allclose(mixed.sum(1), torch.ones(64))

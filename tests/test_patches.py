@@ -1,0 +1,177 @@
+"""Small patches of full opacity find a planted square, and nothing where there is none."""
+
+import pytest
+import torch
+from tiny import NETS, Snapshot, build, make_clean
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.scanners.patches import BoxDraws, HardPatch, Patches, search, smallest
+
+SQUARE = slice(9, 11)
+
+
+class Backdoored(nn.Module):
+    """Says 1 where a square of 2x2 pixels is white, else whether the first pixel is dark."""
+
+    def __init__(self, backdoor=20.0):
+        super().__init__()
+        self.backdoor = nn.Parameter(torch.tensor(backdoor))
+
+    def forward(self, images):
+        first, square = images[:, 0, 0, 0], images[:, 0, SQUARE, SQUARE].mean((1, 2))
+        return torch.stack([3 * first, 3 - 3 * first + self.backdoor * (square - 0.8)], dim=1)
+
+
+@pytest.fixture
+def images():
+    pixels = torch.rand(60, 1, 16, 16) * 0.2
+    labels = torch.arange(60) % 2
+    pixels[:, 0, 0, 0] = 1.0 - labels
+    return CleanSet(pixels, labels)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some(strength, boxes=((2, 3, 1, 1), (4, 4, 0, 2), (2, 2, 5, 5))):
+    patterns = torch.rand(2, 3, 8, 8)
+    return Patches(patterns, torch.tensor(boxes), torch.tensor([0, 1, 0]), torch.tensor(strength))
+
+
+# Search
+
+
+def test_the_square_is_found(images):
+    model = Backdoored()
+    found = search(model, images, 1, generator())
+    assert found.strength.mean() > 0.1
+    patch = smallest(model, images, 1, found)
+    assert patch.success == patch.success_on(model, images, 1) >= 0.95
+    height, width = patch.values.shape[1:]
+    assert height * width <= 6
+    assert patch.top <= SQUARE.start
+    assert patch.top + height >= SQUARE.stop
+    assert patch.left <= SQUARE.start
+    assert patch.left + width >= SQUARE.stop
+    assert patch.success_on(Backdoored(0.0), images, 1) == 0
+
+
+def test_without_a_backdoor_only_the_natural_feature_is_found(images):
+    model = Backdoored(0.0)
+    strong = search(model, images, 1, generator())
+    strong = strong.boxes[strong.strength > 0.5]
+    assert (strong[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_model_is_left_alone(name):
+    net = build(name)
+    before = Snapshot(net)
+    search(net, make_clean(24), 0, generator(), steps=5)
+    before.assert_same()
+
+
+def test_same_seed_same_patches(images):
+    first, second = (search(Backdoored(), images, 1, generator(3), steps=20) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_known_places_are_tried_again(images):
+    known = Patches(torch.ones(1, 1, 16, 16), torch.tensor([[2, 2, 9, 9]]), torch.tensor([0]), torch.tensor([1.0]))
+    shares = [
+        (search(Backdoored(0.0), images, 1, generator(), near, steps=10).boxes[:, 2:] - 9).abs().le(2).all(1).double()
+        for near in (None, known)
+    ]
+    assert shares[1].mean() > shares[0].mean() + 0.15
+
+
+def test_few_steps_and_few_images(images):
+    found = search(Backdoored(), images.take([0, 1]), 1, generator(), steps=1)
+    assert len(found.boxes) == 64
+    assert ((found.strength >= 0) & (found.strength <= 1)).all()
+
+
+# Boxes
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (8, 8), (5, 9), (2, 3)])
+def test_boxes_lie_inside_and_have_the_sizes_said(shape):
+    draws = BoxDraws(*shape, generator())
+    boxes = draws.anywhere(500)
+    for _ in range(3):
+        for side in (0, 1):
+            sizes = boxes[:, side]
+            assert sizes.min() >= max(1, shape[side] // 16)
+            assert sizes.max() <= max(1, shape[side] // 4)
+            assert boxes[:, 2 + side].min() >= 0
+            assert (boxes[:, 2 + side] + sizes).max() <= shape[side]
+        boxes = draws.varied(boxes)
+
+
+def test_all_boxes_are_possible():
+    drawn = {tuple(box) for box in BoxDraws(8, 8, generator()).anywhere(5000).tolist()}
+    every = {(h, w, y, x) for h in (1, 2) for w in (1, 2) for y in range(9 - h) for x in range(9 - w)}
+    assert drawn == every
+
+
+def test_variations_are_near():
+    boxes = BoxDraws(32, 32, generator()).anywhere(400)
+    varied = BoxDraws(32, 32, generator(1)).varied(boxes)
+    assert (varied[::2] - boxes[::2]).abs().max() <= 3  # a pixel, and what the border then asks for
+    parts, wholes = varied[1::2], boxes[1::2]
+    assert (parts[:, 2:] >= wholes[:, 2:]).all()
+    assert (parts[:, :2] + parts[:, 2:] <= wholes[:, :2] + wholes[:, 2:]).all()
+
+
+# Patches
+
+
+def test_stamping_by_hand():
+    patches, images = some([0.5, 0.5, 0.5]), torch.rand(4, 3, 8, 8)
+    rows = torch.tensor([2, 0, 1, 0])
+    expected = images.clone()
+    for image, row in zip(expected, rows, strict=True):
+        for y in range(8):
+            for x in range(8):
+                height, width, top, left = patches.boxes[row]
+                if top <= y < top + height and left <= x < left + width:
+                    image[:, y, x] = patches.patterns[patches.which[row], :, y, x]
+    assert torch.equal(patches.stamp(images, rows), expected)
+
+
+def test_strong_and_small_patches_are_drawn():
+    drawn = some([1.0, 1.0, 0.0]).draw(4000, generator()).bincount(minlength=3)
+    assert drawn[2] == 0
+    assert drawn[0] / drawn[1] == pytest.approx((16 / 6) ** 0.5, rel=0.15)
+
+
+def test_joined_patches_keep_their_patterns():
+    one, other = some([0.1, 0.2, 0.3]), some([0.4, 0.5, 0.6])
+    both = one.joined(other)
+    images = torch.rand(3, 3, 8, 8)
+    assert torch.equal(both.stamp(images, torch.tensor([3, 4, 5])), other.stamp(images, torch.arange(3)))
+    assert torch.equal(both.stamp(images, torch.arange(3)), one.stamp(images, torch.arange(3)))
+
+
+def test_a_patch_is_stamped_onto_a_copy():
+    images = torch.zeros(2, 3, 6, 6)
+    stamped = HardPatch(torch.ones(3, 2, 1), top=3, left=5, success=0.0).stamp(images)
+    assert images.sum() == 0
+    assert stamped.nonzero()[:, 2:].unique(dim=0).tolist() == [[3, 5], [4, 5]]
+
+
+def test_the_smallest_patch_that_reaches_enough_wins(images):
+    boxes = torch.tensor([[4, 4, 8, 8], [2, 2, 9, 9], [1, 1, 9, 9], [3, 3, 8, 8]])
+    patches = Patches(torch.ones(1, 1, 16, 16), boxes, torch.zeros(4, dtype=torch.int64), torch.ones(4))
+    patch = smallest(Backdoored(), images, 1, patches)
+    assert (patch.top, patch.left, patch.values.shape, patch.success) == (9, 9, (1, 2, 2), 1.0)
+    assert str(patch) == "a patch of 2x2 pixels at row 9, column 9"
+
+
+def test_where_none_reaches_enough_the_strongest_is_given(images):
+    boxes = torch.tensor([[2, 2, 0, 0], [1, 1, 9, 9]])
+    patches = Patches(torch.zeros(1, 1, 16, 16), boxes, torch.zeros(2, dtype=torch.int64), torch.ones(2))
+    patch = smallest(Backdoored(0.0), images, 1, patches)
+    assert (patch.top, patch.left) == (0, 0)
