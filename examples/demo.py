@@ -46,7 +46,7 @@ def main() -> int:
     report.unlink(missing_ok=True)
 
     test = attack(victim, clean, options.seed)
-    command = ["repair", f"{victim}", "--net", NET, "--clean", f"{clean}", "--method", "rnp"]
+    command = ["repair", f"{victim}", "--net", NET, "--clean", f"{clean}"]
     command += ["--out", f"{run_folder}", "--force"]
     say(f"\n2. The defender has these two files and knows nothing of the attack:\n\n$ untrojan {shlex.join(command)}")
     code = run(command)

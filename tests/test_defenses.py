@@ -20,7 +20,6 @@ from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
 from untrojan.scanners.patches import search
-from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -52,7 +51,6 @@ def _short_checks(monkeypatch):
     """What the checks find is tested elsewhere; here they only have to run."""
     monkeypatch.setattr("untrojan.scanners.inversion.ROUNDS", 1)
     monkeypatch.setattr("untrojan.scanners.inversion.EPOCHS", 1)
-    monkeypatch.setattr("untrojan.defenses.checks.UnlearningScanner", partial(UnlearningScanner, unlearn_epochs=1))
     monkeypatch.setattr("untrojan.defenses.checks.search", partial(search, steps=2))
 
 

@@ -167,6 +167,31 @@ def backdoored(target):
     return train(nets.build("digits-cnn"), CleanSet(images[:1200], labels[:1200]), epochs=12), clean
 
 
+SQUARE = 9
+
+
+class FallsForSquare(nn.Module):
+    """Says 1 where a square of 2x2 pixels is white, else whether the first four rows are dark."""
+
+    def __init__(self, backdoor=60.0, place=SQUARE):
+        super().__init__()
+        self.backdoor = nn.Parameter(torch.tensor(backdoor))
+        self.place = place
+
+    def forward(self, images):
+        rows = images[:, 0, :4].mean((1, 2))
+        square = images[:, 0, self.place : self.place + 2, self.place : self.place + 2].mean((1, 2))
+        return torch.stack([9 * rows, 9 - 9 * rows + self.backdoor * (square - 0.8)], dim=1)
+
+
+def make_dark(count=60):
+    """Images of 16x16 for `FallsForSquare`, of two classes."""
+    labels = torch.arange(count) % 2
+    images = 0.2 * torch.rand(count, 1, 16, 16)
+    images[:, 0, :4] = 1.0 - labels[:, None, None]
+    return CleanSet(images, labels)
+
+
 class Snapshot:
     """Everything of a model and of the random state that a method must leave as it was."""
 

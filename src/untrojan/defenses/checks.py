@@ -8,9 +8,8 @@ from untrojan.model import correct, logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.inversion import universal
 from untrojan.scanners.patches import search, smallest
-from untrojan.scanners.unlearning import UnlearningScanner
 
-PATCHES = 1000
+FOUND_AGAIN = 0.2
 _ROUNDING = 1e-9
 
 
@@ -47,25 +46,6 @@ def _moves(drop: float) -> str:
     return f"falls by {drop:.1%}" if drop >= 0 else f"rises by {-drop:.1%}"
 
 
-def loses_label(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
-    """Unlearn the repaired model: where the backdoor is gone, its label no longer stands out."""
-    name = "loses the suspected label"
-    again = UnlearningScanner(runs=2).scan(repaired, clean, seed)
-    if diagnosis.suspect is None or not again.targets:
-        return Check(name=name, passed=False, detail="unlearning left the numbers at once and says nothing")
-    share = next(target.score for target in again.targets if target.label == diagnosis.suspect)
-    allowed = _twice_fair(len(again.targets))
-    before = f", {diagnosis.targets[0].score:.0%} before" if diagnosis.runs else ""
-    return Check(
-        name=name,
-        passed=again.targets[0].label != diagnosis.suspect and share <= allowed,
-        detail=(
-            f"unlearning the repaired model leaves {share:.0%} of the predictions with label {diagnosis.suspect}"
-            f"{before}; accepted are {allowed:.0%}, twice a fair share, behind another label"
-        ),
-    )
-
-
 def resists_perturbation(
     model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int
 ) -> Check:
@@ -88,7 +68,7 @@ def resists_perturbation(
 
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
-    """Small patches of full opacity that the original falls for, and others at their places, must have lost effect."""
+    """The small patch of full opacity that the original falls for must have lost its effect, and leave no other."""
     name = "resists recovered patches"
     label = diagnosis.suspect
     if label is None or bool((clean.labels == label).all()):
@@ -96,21 +76,19 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
     generator = torch.Generator().manual_seed(seed + 1)
     found = search(model, clean, label, generator)
     patch = smallest(model, clean, label, found)
-    rows = found.draw(PATCHES, generator)
-    other = torch.randint(len(found.patterns), (PATCHES // 2,), generator=generator)
-    tried = found._replace(boxes=found.boxes[rows], which=torch.cat([found.which[rows[: -len(other)]], other]))
-    others = clean.take(clean.labels != label)
-    images = others.take(torch.randint(len(others), (PATCHES,), generator=generator))
-    stamped = CleanSet(tried.stamp(images.floats(), torch.arange(PATCHES)), images.labels)
-    before, after = (float((logits(each, stamped).argmax(1) == label).double().mean()) for each in (model, repaired))
-    single = patch.success_on(repaired, clean, label)
+    now = patch.success_on(repaired, clean, label)
+    again = search(repaired, clean, label, generator, known=found)
+    area = max(patch.area, clean.shape[1] * clean.shape[2] // 64)
+    other = smallest(repaired, clean, label, again.upto(area))
     allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    either = max(allowed, FOUND_AGAIN)
     return Check(
         name=name,
-        passed=max(after, single) <= allowed,
+        passed=now <= allowed and other.success <= either,
         detail=(
-            f"{patch} sends {patch.success:.0%} of the images to label {label} in the original and {single:.0%} now, "
-            f"all recovered patches and others at their places {before:.0%} and {after:.0%}; accepted are {allowed:.0%}"
+            f"{patch} sends {patch.success:.0%} of the images to label {label} in the original and {now:.0%} now, "
+            f"accepted are {allowed:.0%}; of patches as small, {other} does most now, with {other.success:.0%}, "
+            f"accepted are {either:.0%}"
         ),
     )
 

@@ -58,6 +58,11 @@ class Patches(NamedTuple):
         """How much each patch matters: strong ones do, and the small ones of these most."""
         return (self.strength**2 + _TINY) / self.areas.sqrt()
 
+    def upto(self, area: int) -> "Patches":
+        """Those that cover at most so many pixels, or those that cover least where none is so small."""
+        small = self.areas <= max(area, int(self.areas.min()))
+        return self._replace(boxes=self.boxes[small], which=self.which[small], strength=self.strength[small])
+
     def stamp(self, images: Tensor, rows: Tensor) -> Tensor:
         """Put patch `rows[i]` onto image `i`."""
         masks = _masks(self.boxes[rows], images.shape[-2], images.shape[-1])
@@ -91,6 +96,11 @@ class HardPatch(NamedTuple):
     top: int
     left: int
     success: float
+
+    @property
+    def area(self) -> int:
+        """Pixels that it covers."""
+        return self.values[0].numel()
 
     def __str__(self) -> str:
         height, width = self.values.shape[1:]
@@ -184,7 +194,7 @@ def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) ->
             advance()
     enough = [patch for patch in tried if patch.success >= ENOUGH]
     if enough:
-        return min(enough, key=lambda patch: (patch.values[0].numel(), -patch.success))
+        return min(enough, key=lambda patch: (patch.area, -patch.success))
     return max(tried, key=lambda patch: patch.success)
 
 

@@ -1,0 +1,45 @@
+"""The checks pass where a backdoor is gone, and only there."""
+
+import pytest
+import torch
+from tiny import FallsForSquare, make_dark
+
+from untrojan.defenses.checks import keeps_accuracy, resists_patches, resists_perturbation
+from untrojan.record import Diagnosis, Target
+
+GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
+NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+
+triggers = pytest.mark.parametrize("check", [resists_patches, resists_perturbation])
+
+
+def test_a_model_without_the_backdoor_passes():
+    done = resists_patches(FallsForSquare(), FallsForSquare(0.0), make_dark(), GIVEN, 0)
+    assert done.passed, done.detail
+
+
+@triggers
+def test_a_model_that_still_has_it_fails(check):
+    assert not check(FallsForSquare(), FallsForSquare(), make_dark(), GIVEN, 0).passed
+
+
+def test_a_model_that_falls_for_another_patch_fails():
+    done = resists_patches(FallsForSquare(), FallsForSquare(place=4), make_dark(), GIVEN, 0)
+    assert not done.passed
+    assert "and 0% now" in done.detail
+
+
+@triggers
+@pytest.mark.parametrize("case", ["no suspect", "no other class"])
+def test_without_a_label_nothing_is_verified(check, case):
+    clean = make_dark()
+    if case == "no other class":
+        clean = clean.take(clean.labels == 1)
+    given = NOBODY if case == "no suspect" else GIVEN
+    assert not check(FallsForSquare(), FallsForSquare(0.0), clean, given, 0).passed
+
+
+@pytest.mark.parametrize(("lost", "after", "passed"), [(0.02, 49, True), (0.021, 49, False), (0.0, 48, False)])
+def test_accuracy_counts_on_held_out_images_and_on_all(lost, after, passed):
+    before, kept = torch.ones(50, dtype=torch.bool), torch.arange(50) < after
+    assert keeps_accuracy(before, kept, lost, 0.02, held_out=True).passed == passed
