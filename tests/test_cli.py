@@ -38,9 +38,9 @@ from untrojan.sources.nets import build
 
 COMMAND = str(Path(sys.executable).with_name("untrojan"))
 FILES = {REPAIRED, CHANGES, REPORT, RECORD}
-QUICK = ("--unlearn-epochs=2", "--floor=0.99", "--recover-epochs=1", "--select=count", "--count=3")
-UNRELIABLE = ("--unlearn-epochs=2", "--floor=1e-9", "--recover-epochs=1")
-ENDLESS = ("--unlearn-epochs", "1000000", "--floor", "1e-9")
+QUICK = ("--method=rnp", "--unlearn-epochs=2", "--floor=0.99", "--recover-epochs=1", "--select=count", "--count=3")
+UNRELIABLE = ("--method=rnp", "--unlearn-epochs=2", "--floor=1e-9", "--recover-epochs=1")
+ENDLESS = ("--method=rnp", "--unlearn-epochs", "1000000", "--floor", "1e-9")
 NET = "digits-cnn"
 
 
