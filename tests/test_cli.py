@@ -292,7 +292,11 @@ BAD_INPUT = {
     "last method counts": (lambda at, site: {"options": ("--method", "rnp", "--method=x")}, 4, ["'x'"]),
     "option of wrong type": (lambda at, site: {"options": ("--budget", "much")}, 4, ["budget", "number", "'much'"]),
     "option out of range": (lambda at, site: {"options": ("--budget", "2")}, 4, ["budget", "less than 1", "'2'"]),
-    "options that clash": (lambda at, site: {"options": ("--variant", "released")}, 4, ["select", "threshold"]),
+    "options that clash": (
+        lambda at, site: {"options": ("--method", "rnp", "--variant", "released")},
+        4,
+        ["select", "threshold"],
+    ),
     "option unknown": (lambda at, site: {"options": ("--bugdet", "0.1")}, 4, ["--bugdet", "--budget"]),
     "argument too many": (lambda at, site: {"options": ("more",)}, 4, ["unexpected extra argument", "more"]),
     "method behind --": (lambda at, site: {"options": ("--", "--method", "x")}, 4, ["unexpected extra argument"]),
