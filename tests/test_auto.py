@@ -114,3 +114,10 @@ def test_mixing_keeps_half_of_the_images_and_most_of_the_others():
     assert (own >= 0.5 - 1e-6).all()
     assert (own == 1).double().mean() == pytest.approx(0.5, abs=0.2)
     assert torch.allclose(mixed.sum(1), torch.ones(64))
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_divergence_leaves_a_working_model():
+    net, clean = build("batchnorm"), make_clean()
+    repaired = Auto(rounds=2, steps=3, search_steps=2, lr=1e30).tune(copy.deepcopy(net), clean, clean, GIVEN, seed=0)
+    assert logits(repaired, clean).isfinite().all()

@@ -42,8 +42,9 @@ class Auto(Tuning):
     Each round searches the model as it then is for what still sends images to the label: small patches of full opacity,
     at any place, and one faint perturbation. Then the model is trained to give, on images that carry what any round
     found, the output that the original gives on the same images without it, and on clean images the output of the
-    original. What still works is shown most often. Running statistics and dropout stay as they are, and the weights
-    delivered are a moving average.
+    original. A quarter of the images carry a perturbation and the others a patch, the one of four that works best on
+    the model as it is; what works is varied and remembered. Running statistics and dropout stay as they are, and the
+    weights delivered are a moving average.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -144,6 +145,7 @@ class Auto(Tuning):
             epochs=1,
             name="unlearn triggers",
             detail=detail,
+            buffers=list(average.module.parameters()),
             clip=CLIP,
             project=lambda: average.update_parameters(student),
         )
@@ -185,7 +187,7 @@ class _Triggers:
         tried = Patches(known.patterns, boxes, which, torch.zeros(len(rows)))
         stamped = tried.stamp(images.repeat(TRIED, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
-            strength = student(stamped).softmax(1)[:, self.label]
+            strength = student(stamped).softmax(1)[:, self.label].nan_to_num(0)
         self.now[rows[~varied]] = (self.now[rows[~varied]] + strength[~varied]) / 2
         new = varied & (strength > 0.5)
         self.patches = known._replace(

@@ -133,8 +133,8 @@ def search(
     """Look for small patches of full opacity, at any place, that send images of other classes to a label.
 
     Their sides are between a sixteenth and a quarter of those of the images. Patterns are a few that are optimized,
-    black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from
-    those that worked: changed a little, or a part of them.
+    black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from those that worked:
+    changed a little, or a part of them.
 
     Args:
         model: The network; it is not changed.
@@ -283,7 +283,7 @@ class _Search:
         boxes, which = self._next(len(images))
         tried = Patches(torch.cat([self.patterns, self.solid]), boxes, which, torch.zeros(len(images)))
         out = self.model(tried.stamp(images, torch.arange(len(images))))
-        strength = out.detach().softmax(1)[:, self.label]
+        strength = out.detach().softmax(1)[:, self.label].nan_to_num(0)
         self.tried.append(tried._replace(patterns=tried.patterns.detach(), strength=strength))
         return functional.cross_entropy(out, torch.full_like(labels, self.label)), out
 
