@@ -177,8 +177,7 @@ def page() -> str:
         "",
         "What a method says of its result is as the checks were when the cell was run; the record lists them. Cells "
         "without the check `resists recovered patches` are older than that check and than the loss of another, which "
-        "asked that unlearning no longer ends on the suspected label: it failed good repairs, `auto` on cifar10-grid "
-        "among them.",
+        "asked that unlearning no longer ends on the suspected label and failed good repairs.",
     ]
     for setting in SETTINGS:
         lines += [*table(setting), *statuses(setting)]
