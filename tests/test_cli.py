@@ -427,11 +427,11 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
 
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
     killed = (
-        "import os, signal, sys, untrojan.cli, untrojan.defenses.defense as defense\n"
-        "defense.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, untrojan.cli, untrojan.record as record\n"
+        "record._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "untrojan.cli.run(sys.argv[1:])"
     )
-    assert hasattr(untrojan.defenses.defense, "move")
+    assert hasattr(untrojan.record, "_move")
     done = subprocess.run([sys.executable, "-c", killed, *command()], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()

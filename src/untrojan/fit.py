@@ -45,6 +45,7 @@ def fit(
     name: str,
     detail: str = "",
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    schedule_steps: bool = False,
     buffers: Sequence[Tensor] = (),
     clip: float | None = None,
     project: Callable[[], object] | None = None,
@@ -65,6 +66,7 @@ def fit(
         name: What the work is called in progress and timings.
         detail: Which of several rounds this is.
         schedule: Makes the schedule of the learning rate; stepped after each epoch.
+        schedule_steps: Step the schedule after each update instead.
         buffers: Tensors that `step` writes to, such as running statistics.
         clip: Largest l2 norm of the gradient; a longer one is shortened to it.
         project: Called after each update, to put the tensors back into their allowed range.
@@ -108,6 +110,8 @@ def fit(
                 if project is not None:
                     with torch.no_grad():
                         project()
+                if rate is not None and schedule_steps:
+                    rate.step()
                 steps += 1
                 tally.add(loss, logits, labels)
             else:
@@ -117,7 +121,7 @@ def fit(
                 text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)
                 return Fit(history, stopped=False, diverged_at=steps)
-            if rate is not None:
+            if rate is not None and not schedule_steps:
                 rate.step()
             history.append(tally.epoch())
             advance()

@@ -311,7 +311,6 @@ class ScanRecord(RunRecord):
         with staged(folder, force) as made:
             for name, text in ((REPORT, render(self)), (SARIF, sarif(self)), (RECORD, self.to_json())):
                 write_atomic(made / name, text.encode())
-            move(made, folder)
 
 
 def sha256(data: bytes) -> str:
@@ -343,7 +342,9 @@ def require_free(folder: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def staged(folder: str | Path, force: bool) -> Iterator[Path]:
-    """Give a hidden folder to write a run into, for :func:`move`; it is gone afterwards, whatever happens.
+    """Give a hidden folder to write a run into; when the block ends it is moved to its place, and else it is gone.
+
+    It is moved whole, or file by file with the record last where the place exists.
 
     Args:
         folder: Where the run shall be in the end; what it lies in is made if it is not there.
@@ -363,11 +364,10 @@ def staged(folder: str | Path, force: bool) -> Iterator[Path]:
         made = Path(partial) / folder.name
         made.mkdir()
         yield made
+        _move(made, folder)
 
 
-def move(made: Path, folder: str | Path) -> None:
-    """Move a finished folder to its place: whole, or file by file with the record last where the place exists."""
-    folder = Path(folder).absolute()
+def _move(made: Path, folder: Path) -> None:
     if not folder.exists():
         made.rename(folder)
         return

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
+from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
-from untrojan.record import RunRecord
-from untrojan.registry import FieldInfo, fields
+from untrojan.record import RunRecord, require_free
+from untrojan.registry import FieldInfo, fields, make
+from untrojan.sources import load
+from untrojan.sources.files import Checkpoint
 
 Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)
@@ -135,10 +138,12 @@ def run_options(method: str, help: str) -> Callable[[Command], Command]:
     return add
 
 
-def as_called(record: R, ctx: click.Context, net: str) -> R:
+def as_called(record: R, ctx: click.Context) -> R:
     """Put into a record what only the command line knows: the command, and how the network was named."""
     command = shlex.join(["untrojan", *ctx.obj])
-    return record.model_copy(update={"command": command, "model": record.model.model_copy(update={"net": net})})
+    return record.model_copy(
+        update={"command": command, "model": record.model.model_copy(update={"net": ctx.params["net"]})}
+    )
 
 
 def net_options(command: Command) -> Command:
@@ -245,6 +250,27 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"cannot make {path}: {folder} is a file; give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot make {path}: there is no permission to write into {folder}; give another path")
+
+
+def require_output(out: Path, force: bool) -> None:
+    """Raise when a run could not be written to `out`, so that nobody waits for it to hear that."""
+    require_free(out, force)
+    require_writable(out)
+
+
+def method_of(ctx: click.Context) -> Any:
+    """Make the method that was chosen, with the options of its own that were given."""
+    method = ctx.meta["method"]
+    given = {field.name: ctx.params[field.name] for field in fields(method)}
+    return make(method, {name: value for name, value in given.items() if value is not None})
+
+
+def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:
+    """Read what every run on a model needs: the network, the clean images, and the file the network came from."""
+    given = ctx.params
+    source = Checkpoint.read(given["model"])
+    network = load(source, given["net"], given["mean"], given["std"])
+    return network, load_images(given["clean"], given["samples"], given["samples_per_class"], given["seed"]), source
 
 
 def load_images(path: str, samples: int | None, samples_per_class: int | None, seed: int = 0) -> CleanSet:

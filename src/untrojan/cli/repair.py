@@ -10,18 +10,17 @@ from untrojan.cli.options import (
     WithMethodOptions,
     as_called,
     json_option,
-    load_images,
+    method_of,
+    open_inputs,
     quiet_option,
-    require_writable,
+    require_output,
     run_options,
     working,
 )
 from untrojan.defenses.defense import CHANGES, REPAIRED, Defense
 from untrojan.errors import ConfigError
-from untrojan.record import RECORD, REPORT, Rate, Record, require_free
-from untrojan.registry import discover, make
-from untrojan.sources import load
-from untrojan.sources.files import Checkpoint
+from untrojan.record import RECORD, REPORT, Rate, Record
+from untrojan.registry import discover
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))
@@ -32,36 +31,26 @@ from untrojan.sources.files import Checkpoint
 def repair(
     ctx: click.Context,
     model: str,
-    net: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    clean: str,
-    samples: int | None,
-    samples_per_class: int | None,
     seed: int,
-    method: str,
     out: Path,
     force: bool,
     as_json: bool,
     quiet: bool,
-    **chosen: str | None,
+    **_: object,
 ) -> int:
     """Find the target label of MODEL, remove the backdoor, and write the result to a folder.
 
     Exits with 0 when the repaired model meets its own checks or nothing was found, and with 2 when it does not; the
     record and the report say why.
     """
-    defense = make(ctx.meta["method"], {name: value for name, value in chosen.items() if value is not None})
-    require_free(out, force)
-    require_writable(out)
+    defense: Defense = method_of(ctx)
+    require_output(out, force)
     if Path(model).resolve() in [(out / name).resolve() for name in (REPAIRED, CHANGES)]:
         raise ConfigError(f"{out} holds the model itself, which would be replaced; give another folder")
     with working(quiet):
-        source = Checkpoint.read(model)
-        network = load(source, net, mean, std)
-        images = load_images(clean, samples, samples_per_class, seed)
+        network, images, source = open_inputs(ctx)
         done = defense.repair(network, images, seed=seed, source=source)
-    record = as_called(done.record, ctx, net)
+    record = as_called(done.record, ctx)
     replace(done, record=record).save(out, force)
     click.echo((out / RECORD).read_text("utf-8") if as_json else printable(_summary(record, out)), nl=not as_json)
     return 2 if record.status == "failed" else 0

@@ -10,19 +10,18 @@ from untrojan.cli.options import (
     WithMethodOptions,
     as_called,
     json_option,
-    load_images,
+    method_of,
+    open_inputs,
     quiet_option,
-    require_writable,
+    require_output,
     run_options,
     working,
 )
 from untrojan.errors import ConfigError
-from untrojan.record import RECORD, REPORT, SARIF, ScanRecord, require_free
-from untrojan.registry import discover, make
+from untrojan.record import RECORD, REPORT, SARIF, ScanRecord
+from untrojan.registry import discover
 from untrojan.report import evidence, finding
 from untrojan.scanners.scanner import Scanner
-from untrojan.sources import load
-from untrojan.sources.files import Checkpoint
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.scanners", Scanner))
@@ -33,21 +32,13 @@ from untrojan.sources.files import Checkpoint
 @click.pass_context
 def scan(
     ctx: click.Context,
-    model: str,
-    net: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    clean: str,
-    samples: int | None,
-    samples_per_class: int | None,
     seed: int,
-    method: str,
     out: Path,
     force: bool,
     as_json: bool,
     sarif: bool,
     quiet: bool,
-    **chosen: str | None,
+    **_: object,
 ) -> int:
     """Look for a backdoor in MODEL, and write the evidence to a folder.
 
@@ -55,14 +46,11 @@ def scan(
     """
     if as_json and sarif:
         raise ConfigError("expected --json or --sarif, got both; the folder holds both files anyway")
-    scanner = make(ctx.meta["method"], {name: value for name, value in chosen.items() if value is not None})
-    require_free(out, force)
-    require_writable(out)
+    scanner: Scanner = method_of(ctx)
+    require_output(out, force)
     with working(quiet):
-        source = Checkpoint.read(model)
-        network = load(source, net, mean, std)
-        images = load_images(clean, samples, samples_per_class, seed)
-        record = as_called(scanner.examine(network, images, seed, source), ctx, net)
+        network, images, source = open_inputs(ctx)
+        record = as_called(scanner.examine(network, images, seed, source), ctx)
     record.save(out, force)
     if as_json or sarif:
         click.echo((out / (SARIF if sarif else RECORD)).read_text("utf-8"), nl=False)

@@ -10,20 +10,18 @@ from untrojan.cli.options import (
     EXIT_CODES,
     as_called,
     json_option,
-    load_images,
     net_options,
+    open_inputs,
     quiet_option,
-    require_writable,
+    require_output,
     sample_options,
     working,
 )
-from untrojan.record import RECORD, REPORT, require_free
+from untrojan.record import RECORD, REPORT
 from untrojan.registry import parse
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
 from untrojan.scanners.samples import screen as rank
-from untrojan.sources import load
-from untrojan.sources.files import Checkpoint
 
 
 @click.command()
@@ -66,13 +64,6 @@ from untrojan.sources.files import Checkpoint
 @click.pass_context
 def screen(
     ctx: click.Context,
-    model: str,
-    net: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    clean: str,
-    samples: int | None,
-    samples_per_class: int | None,
     suspects: str,
     detectors: tuple[str, ...],
     seed: int,
@@ -81,6 +72,7 @@ def screen(
     force: bool,
     as_json: bool,
     quiet: bool,
+    **_: object,
 ) -> int:
     """Rank the samples that MODEL was trained on, the most suspicious first, and write scores and a page.
 
@@ -88,14 +80,11 @@ def screen(
     inconclusive.
     """
     chosen = [parse(spec, "untrojan.scanners.detectors", Detector) for spec in detectors]
-    require_free(out, force)
-    require_writable(out)
+    require_output(out, force)
     with working(quiet):
-        source = Checkpoint.read(model)
-        network = load(source, net, mean, std)
-        images = load_images(clean, samples, samples_per_class, seed)
+        network, images, source = open_inputs(ctx)
         done = rank(network, images, suspects, detectors=chosen, seed=seed, shown=shown, source=source)
-        record = as_called(done.record, ctx, net)
+        record = as_called(done.record, ctx)
         dataclasses.replace(done, record=record).save(out, force)
     click.echo(record.to_json() if as_json else printable(_summary(record, out)), nl=not as_json)
     return EXIT_CODES[record.diagnosis.verdict]

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from untrojan.data import CleanSet, crop_flip
+from untrojan.defenses.checks import reachable
 from untrojan.defenses.tuning import Tuning
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
@@ -93,8 +94,8 @@ class Auto(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Search and unlearn in turns."""
-        label = diagnosis.suspect
-        if label is None or bool((clean.labels == label).all()):
+        label = reachable(diagnosis, clean)
+        if label is None:
             warnings.warn(UnreliableWarning("there is no label to search triggers for"), stacklevel=2)
             return model
         generator = torch.Generator().manual_seed(seed)

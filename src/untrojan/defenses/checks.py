@@ -23,6 +23,12 @@ def lost_accuracy(right: Tensor, repaired: nn.Module, clean: CleanSet) -> float:
     return float(right.double().mean() - correct(repaired, clean).double().mean())
 
 
+def reachable(diagnosis: Diagnosis, clean: CleanSet) -> int | None:
+    """Give the suspected label if there are images of other classes, which a trigger could send there."""
+    label = diagnosis.suspect
+    return None if label is None or bool((clean.labels == label).all()) else label
+
+
 def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, held_out: bool) -> Check:
     """The clean accuracy stays within the budget, image by image against the original.
 
@@ -51,8 +57,8 @@ def resists_perturbation(
 ) -> Check:
     """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
     name = "resists a recovered perturbation"
-    label = diagnosis.suspect
-    if label is None or bool((clean.labels == label).all()):
+    label = reachable(diagnosis, clean)
+    if label is None:
         return Check(name=name, passed=False, detail="there is no label to recover a perturbation into")
     found = universal(model, clean, label, seed)
     before, after = (found.success(each, clean, label) for each in (model, repaired))
@@ -70,8 +76,8 @@ def resists_perturbation(
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """The small patch of full opacity that the original falls for must have lost its effect, and leave no other."""
     name = "resists recovered patches"
-    label = diagnosis.suspect
-    if label is None or bool((clean.labels == label).all()):
+    label = reachable(diagnosis, clean)
+    if label is None:
         return Check(name=name, passed=False, detail="there is no label to recover patches for")
     generator = torch.Generator().manual_seed(seed + 1)
     found = search(model, clean, label, generator)

@@ -32,7 +32,6 @@ from untrojan.record import (
     Selection,
     Status,
     environment,
-    move,
     peak_memory,
     sha256,
     staged,
@@ -113,7 +112,6 @@ class Repair:
             saved = dataclasses.replace(self, record=self._with_file(sha256((made / REPAIRED).read_bytes())))
             saved.report(made / REPORT)
             write_atomic(made / RECORD, saved.record.to_json().encode())
-            move(made, folder)
 
     def _with_file(self, file_sha256: str) -> Record:
         repaired = self.record.repaired.model_copy(update={"path": REPAIRED, "sha256": file_sha256})

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from untrojan.record import CurvePoint, Diagnosis, Rate, Record, RunRecord
+from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -184,26 +184,40 @@ def _chosen(record: RunRecord) -> CurvePoint | None:
 
 def _settings(record: RunRecord) -> dict[str, dict[str, object]]:
     """The settings tables by title; a value of `None` is a dash on the page."""
-    model, clean = record.model, record.clean
     return {
         "Method": {"method": record.method.name, **record.method.fields, "seed": record.seed},
-        "Model": {
-            "file": model.path,
-            "SHA-256 of the file": model.sha256,
-            "SHA-256 of the tensors": model.state_sha256,
-            "network": model.net,
-            "architecture": model.architecture,
-            "parameters": f"{model.parameters:,}",
-            "classes": model.classes,
-            **_written(record),
-        },
-        "Clean images": {
-            "source": clean.path,
-            "SHA-256": clean.sha256,
-            "images": f"{clean.images:,}",
-            "shape (channels, height, width)": " x ".join(map(str, clean.shape)),
-            "images per class": _spread(clean.per_class),
-        },
+        "Model": {**model_rows(record.model), **_written(record)},
+        "Clean images": {**image_rows(record.clean), "images per class": _spread(record.clean.per_class)},
+        **run_tables(record),
+    }
+
+
+def model_rows(model: ModelInfo) -> dict[str, object]:
+    """What a settings table says of a model."""
+    return {
+        "file": model.path,
+        "SHA-256 of the file": model.sha256,
+        "SHA-256 of the tensors": model.state_sha256,
+        "network": model.net,
+        "architecture": model.architecture,
+        "parameters": f"{model.parameters:,}",
+        "classes": model.classes,
+    }
+
+
+def image_rows(images: CleanInfo) -> dict[str, object]:
+    """What a settings table says of a set of images."""
+    return {
+        "source": images.path,
+        "SHA-256": images.sha256,
+        "images": f"{images.images:,}",
+        "shape (channels, height, width)": " x ".join(map(str, images.shape)),
+    }
+
+
+def run_tables(record: RunRecord) -> dict[str, dict[str, object]]:
+    """The settings tables on where a run took place and what it took."""
+    return {
         "Environment": {**record.environment},
         "Time and memory": {
             **{stage: f"{seconds:,.1f} s" for stage, seconds in record.seconds.items()},

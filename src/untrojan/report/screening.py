@@ -11,8 +11,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from untrojan.record import CleanInfo
-from untrojan.report import template
+from untrojan.report import image_rows, model_rows, run_tables, template
 from untrojan.scanners.samples import ScreeningRecord
 
 _HERE = Path(__file__).parent
@@ -64,33 +63,10 @@ def _counts(record: ScreeningRecord) -> dict[int, int]:
 
 
 def _settings(record: ScreeningRecord) -> dict[str, dict[str, object]]:
-    model = record.model
     return {
         **{f"Detector {each.name}": each.fields for each in (record.method, *record.others)},
-        "Model": {
-            "file": model.path,
-            "SHA-256 of the file": model.sha256,
-            "SHA-256 of the tensors": model.state_sha256,
-            "network": model.net,
-            "architecture": model.architecture,
-            "parameters": f"{model.parameters:,}",
-            "classes": model.classes,
-            "seed": record.seed,
-        },
-        "Samples": _source(record.suspects),
-        "Clean images": _source(record.clean),
-        "Environment": {**record.environment},
-        "Time and memory": {
-            **{stage: f"{seconds:,.1f} s" for stage, seconds in record.seconds.items()},
-            "peak memory": f"{record.peak_memory_bytes / 1e6:,.0f} MB",
-        },
-    }
-
-
-def _source(info: CleanInfo) -> dict[str, object]:
-    return {
-        "source": info.path,
-        "SHA-256": info.sha256,
-        "images": f"{info.images:,}",
-        "shape (channels, height, width)": " x ".join(map(str, info.shape)),
+        "Model": {**model_rows(record.model), "seed": record.seed},
+        "Samples": image_rows(record.suspects),
+        "Clean images": image_rows(record.clean),
+        **run_tables(record),
     }

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import mode
+from untrojan.model import mode, share_sent
 
 FIRST_NORM = 2.0
 GROWTH = 1.5
@@ -31,13 +31,7 @@ class Perturbation(NamedTuple):
 
     def success(self, model: nn.Module, clean: CleanSet, label: int) -> float:
         """Share of the images of other classes that get `label` with the perturbation on."""
-        hits = total = 0
-        with mode(model, training=False), torch.no_grad():
-            for images, labels in clean.batches(100):
-                others = labels != label
-                hits += int((model((images + self.values).clamp(0, 1)).argmax(1)[others] == label).sum())
-                total += int(others.sum())
-        return hits / total
+        return share_sent(model, clean, label, lambda images: (images + self.values).clamp(0, 1))
 
 
 def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Perturbation:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet, size_with_enough_steps
 from untrojan.fit import fit
-from untrojan.model import logits
+from untrojan.model import logits, share_sent
 from untrojan.record import Diagnosis, Patch, Target, Verdict
 from untrojan.scanners.scanner import Scanner
 
@@ -255,10 +255,11 @@ class _Inversion:
             stop=lambda _: self._end_epoch(),
         )
         masks, patterns = self._patches(slice(None))
-        return [
-            self._measured(state.best or Trigger(state.label, mask, pattern, 0.0, reached=False))
+        found = [
+            state.best or Trigger(state.label, mask, pattern, 0.0, reached=False)
             for state, mask, pattern in zip(self.states, masks.detach(), patterns.detach(), strict=True)
         ]
+        return [each._replace(success=share_sent(self.model, self.clean, each.label, each.stamp)) for each in found]
 
     def _patches(self, which: slice | list[int]) -> tuple[Tensor, Tensor]:
         mask, pattern = (each[which].tanh() / 2 + 0.5 for each in self.free)
@@ -283,15 +284,6 @@ class _Inversion:
             self.states[number].end_epoch(mask, pattern)
         self.active = [number for number in self.active if not self.states[number].done]
         return not self.active
-
-    def _measured(self, trigger: Trigger) -> Trigger:
-        others = self.clean.labels != trigger.label
-        with torch.no_grad():
-            hits = [
-                self.model(trigger.stamp(images)).argmax(1) == trigger.label
-                for images, _ in self.clean.batches(IMAGES_AT_A_TIME)
-            ]
-        return trigger._replace(success=float(torch.cat(hits)[others].double().mean()) if others.any() else 0.0)
 
 
 class _State:

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import mode
+from untrojan.model import mode, share_sent
 from untrojan.progress import stage
 
 STEPS = 150
 BATCH = 64
 PATTERNS = 4
 ROUNDS = 5
-REMEMBERED = 60 * BATCH
+REMEMBERED = 60
 ENOUGH = 0.95
 _TINY = 1e-9
 
@@ -115,10 +115,7 @@ class HardPatch(NamedTuple):
 
     def success_on(self, model: nn.Module, clean: CleanSet, label: int) -> float:
         """Share of the images of other classes that get `label` with the patch on."""
-        others = clean.take(clean.labels != label)
-        with mode(model, training=False), torch.no_grad():
-            hits = sum(int((model(self.stamp(images)).argmax(1) == label).sum()) for images, _ in others.batches(100))
-        return hits / len(others)
+        return share_sent(model, clean, label, self.stamp)
 
 
 def search(
@@ -171,7 +168,7 @@ def search(
             detail=detail,
             project=lambda: look.patterns.clamp_(0, 1),
         )
-    return look.found(steps // rounds * rounds // 2 * BATCH)
+    return look.found(steps // rounds * rounds // 2)
 
 
 def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) -> HardPatch:
@@ -270,27 +267,26 @@ class _Search:
         self.model = model
         self.label = label
         self.generator = generator
-        self.known = known
+        self.known = known or Patches.none(shown.shape)
         self.shown = shown
         self.unguided = unguided
         _, height, width = shown.shape
         self.draws = BoxDraws(height, width, generator)
         self.patterns = torch.rand(PATTERNS, *shown.shape, generator=generator)
         self.solid = torch.tensor([0.0, 1.0])[:, None, None, None].expand(-1, *shown.shape)
-        self.tried: list[Patches] = []
+        self.tried: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         boxes, which = self._next(len(images))
-        tried = Patches(torch.cat([self.patterns, self.solid]), boxes, which, torch.zeros(len(images)))
-        out = self.model(tried.stamp(images, torch.arange(len(images))))
+        patches = Patches(torch.cat([self.patterns, self.solid]), boxes, which, torch.zeros(len(images)))
+        out = self.model(patches.stamp(images, torch.arange(len(images))))
         strength = out.detach().softmax(1)[:, self.label].nan_to_num(0)
-        self.tried.append(tried._replace(patterns=tried.patterns.detach(), strength=strength))
+        self.tried.append((boxes, which, strength))
         return functional.cross_entropy(out, torch.full_like(labels, self.label)), out
 
-    def found(self, last: int) -> Patches:
-        """The last patches tried, with the patterns as they are now."""
-        tried = self.tried[-max(1, last // BATCH) :]
-        boxes, which, strength = (torch.cat([getattr(each, name) for each in tried]) for name in Patches._fields[1:])
+    def found(self, steps: int) -> Patches:
+        """The patches tried in the last steps, with the patterns as they are now."""
+        boxes, which, strength = map(torch.cat, zip(*self.tried[-max(1, steps) :], strict=True))
         return Patches(torch.cat([self.patterns.detach(), self.solid]), boxes, which, strength)
 
     def _next(self, count: int) -> tuple[Tensor, Tensor]:
@@ -302,7 +298,7 @@ class _Search:
             rows = worked.draw(2 * quarter, self.generator)
             boxes[: 2 * quarter] = self.draws.varied(worked.boxes[rows])
             which[: 3 * quarter // 2] = worked.which[rows[: 3 * quarter // 2]]
-        if quarter and self.known is not None and len(self.known.boxes):
+        if quarter and len(self.known.boxes):
             near = self.known.boxes[self.known.draw(quarter, self.generator)]
             boxes[-quarter:] = self.draws.varied(near)
         return boxes, which

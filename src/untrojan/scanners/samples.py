@@ -22,7 +22,6 @@ from untrojan.record import (
     MethodInfo,
     RunRecord,
     environment,
-    move,
     peak_memory,
     staged,
     write_atomic,
@@ -128,7 +127,6 @@ class Screening:
             parquet.write_table(self.table(), made / SCORES)
             self.report(made / REPORT)
             write_atomic(made / RECORD, self.record.to_json().encode())
-            move(made, folder)
 
 
 def screen(

@@ -105,6 +105,7 @@ class ResNet18(nn.Module):
     Args:
         classes: Number of logits, at least 1.
         channels: Channels of the images, at least 1.
+        width: Maps of the first stage, at least 1; each of the other three doubles them.
 
     References:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition. arXiv 1512.03385.
@@ -114,12 +115,12 @@ class ResNet18(nn.Module):
         torch.Size([1, 10])
     """
 
-    def __init__(self, classes: int = 10, channels: int = 3) -> None:
+    def __init__(self, classes: int = 10, channels: int = 3, width: int = 64) -> None:
         super().__init__()
-        self.conv1 = _conv3(channels, 64)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_Block)
-        self.linear = nn.Linear(512, classes)
+        self.conv1 = _conv3(channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_Block, width)
+        self.linear = nn.Linear(8 * width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(N, channels, H, W)` to logits `(N, classes)`."""
@@ -146,7 +147,7 @@ class PreActResNet18(nn.Module):
     def __init__(self, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         self.conv1 = _conv3(channels, 64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_PreActBlock)
+        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(_PreActBlock, 64)
         self.linear = nn.Linear(512, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -244,8 +245,8 @@ def _conv3(planes: int, width: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(planes, width, 3, stride, padding=1, bias=False)
 
 
-def _stages(block: Callable[[int, int, int], nn.Module]) -> list[nn.Sequential]:
-    shapes = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+def _stages(block: Callable[[int, int, int], nn.Module], width: int) -> list[nn.Sequential]:
+    shapes = ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 2))
     return [nn.Sequential(block(*shape), block(shape[1], shape[1], 1)) for shape in shapes]
 
 

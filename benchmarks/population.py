@@ -1,0 +1,158 @@
+"""Models of the project's own training, clean and backdoored, for the benchmarks that need to know the truth.
+
+Weights go to `runs/population`, which is not committed; what was trained, how, and what it reaches is one JSON per model
+under `benchmarks/records/population`. Models that are there are not trained again.
+
+    python benchmarks/population.py                # train what is missing, one after the other
+    python benchmarks/population.py clean-gtsrb    # only those whose name begins so
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from untrojan.data import CleanSet, crop, crop_flip
+from untrojan.lab.attack import Attack
+from untrojan.lab.evaluate import evaluate
+from untrojan.lab.victim import poison, train
+from untrojan.model import seeded
+from untrojan.record import write_atomic
+from untrojan.registry import parse
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.nets import build
+
+DATA = Path("../shared/data")
+WEIGHTS = Path("runs/population")
+RECORDS = Path("benchmarks/records/population")
+EPOCHS = {"cifar10": 8, "gtsrb": 12, "digits": 30}
+AUGMENT = {"cifar10": crop_flip, "gtsrb": crop, "digits": None}
+CLASSES = {"cifar10": 10, "gtsrb": 43, "digits": 10}
+LEARNING_RATE = 0.1
+BATCH = 128
+SMOOTHING = 0.05
+
+
+class Member(NamedTuple):
+    """A model to train: on which data, which network, and with which backdoor if any."""
+
+    data: str
+    net: str
+    seed: int
+    attack: str | None = None
+    target: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its record is called."""
+        kind = "clean" if self.attack is None else self.attack.partition(":")[0]
+        return "-".join([kind, self.data, self.net.replace(":", "-").replace("=", ""), str(self.seed)])
+
+    @property
+    def spec(self) -> str:
+        """The network as `--net` takes it."""
+        channels = ["channels=1"] if self.data == "digits" else []
+        separator = "," if ":" in self.net else ":"
+        return self.net + separator + ",".join([f"classes={CLASSES[self.data]}", *channels])
+
+    def network(self) -> nn.Module:
+        """The trained network, as its record says it is."""
+        source = Checkpoint.read(WEIGHTS / f"{self.name}.safetensors")
+        if state_sha256(source.tensors) != self.record()["state_sha256"]:
+            raise SystemExit(f"{source.path} is not the model of {RECORDS / self.name}.json; train it anew")
+        return source.into(build(self.spec)).eval()
+
+    def record(self) -> dict[str, Any]:
+        """What is known about it."""
+        return json.loads((RECORDS / f"{self.name}.json").read_text())
+
+
+RESNET = "resnet18:width=16"
+CLEAN = [
+    *(Member("digits", "digits-cnn", seed) for seed in range(4)),
+    *(Member("digits", "wrn-16-1", seed) for seed in range(3)),
+    *(
+        Member(data, net, seed)
+        for seed in range(3)
+        for data, net in (
+            ("gtsrb", "small-vgg"),
+            ("cifar10", "small-vgg"),
+            ("cifar10", "wrn-16-1"),
+            ("gtsrb", "wrn-16-1"),
+            ("cifar10", RESNET),
+        )
+    ),
+]
+MEMBERS = {member.name: member for member in CLEAN}
+
+
+def images_of(data: str) -> tuple[CleanSet, CleanSet]:
+    """Training and test images."""
+    if data == "digits":
+        bunch = load_digits()
+        pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None]
+        everything = CleanSet(pixels, torch.from_numpy(bunch.target))
+        train_set, test_set = everything.split(0.5, seed=0)
+        return train_set, test_set
+    return CleanSet.load(DATA / data / "train.parquet"), CleanSet.load(DATA / data / "test.parquet")
+
+
+def make(member: Member) -> dict[str, Any]:
+    """Train one and measure it."""
+    images, test = images_of(member.data)
+    attack = parse(member.attack, "untrojan.lab.attacks", Attack) if member.attack else None
+    shown = poison(images, attack, member.target, seed=member.seed) if attack else images
+    with seeded(member.seed):
+        net = build(member.spec)
+    start = time.perf_counter()
+    trained = train(
+        net,
+        shown,
+        EPOCHS[member.data],
+        member.seed,
+        lr=LEARNING_RATE,
+        batch_size=BATCH,
+        smoothing=SMOOTHING,
+        augment=AUGMENT[member.data],
+        bf16=True,
+    )
+    seconds = time.perf_counter() - start
+    scores = evaluate(trained, test, attack, member.target if attack else None)
+    tensors = trained.state_dict()
+    WEIGHTS.mkdir(parents=True, exist_ok=True)
+    save_state(WEIGHTS / f"{member.name}.safetensors", tensors)
+    return {
+        **member._asdict(),
+        "images": len(images),
+        "epochs": EPOCHS[member.data],
+        "lr": LEARNING_RATE,
+        "batch_size": BATCH,
+        "smoothing": SMOOTHING,
+        "acc": scores.acc.value,
+        "asr": scores.asr.value if scores.asr else None,
+        "seconds": seconds,
+        "state_sha256": state_sha256(tensors),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    prefixes = tuple(sys.argv[1:]) or ("",)
+    for member in MEMBERS.values():
+        path = RECORDS / f"{member.name}.json"
+        if member.name.startswith(prefixes) and not path.exists():
+            made = make(member)
+            write_atomic(path, (json.dumps(made, indent=1) + "\n").encode())
+            print(member.name, f"ACC {100 * made['acc']:.1f}", f"{made['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
