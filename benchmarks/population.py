@@ -1,7 +1,7 @@
-"""Models of the project's own training, clean and backdoored, for the benchmarks that need to know the truth.
+"""Models of our own training, clean and backdoored, for the benchmarks that need to know the truth.
 
-Weights go to `runs/population`, which is not committed; what was trained, how, and what it reaches is one JSON per model
-under `benchmarks/records/population`. Models that are there are not trained again.
+Weights go to `runs/population`, which is not committed; what was trained, how, and what it reaches is one JSON per
+model under `benchmarks/records/population`. Models that are there are not trained again.
 
     python benchmarks/population.py                # train what is missing, one after the other
     python benchmarks/population.py clean-gtsrb    # only those whose name begins so
@@ -14,8 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sklearn.datasets
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from untrojan.data import CleanSet, crop, crop_flip
@@ -31,7 +31,7 @@ from untrojan.sources.nets import build
 DATA = Path("../shared/data")
 WEIGHTS = Path("runs/population")
 RECORDS = Path("benchmarks/records/population")
-EPOCHS = {"cifar10": 8, "gtsrb": 12, "digits": 30}
+EPOCHS = {"cifar10": 5, "gtsrb": 8, "digits": 30}
 AUGMENT = {"cifar10": crop_flip, "gtsrb": crop, "digits": None}
 CLASSES = {"cifar10": 10, "gtsrb": 43, "digits": 10}
 LEARNING_RATE = 0.1
@@ -75,11 +75,11 @@ class Member(NamedTuple):
 
 RESNET = "resnet18:width=16"
 CLEAN = [
-    *(Member("digits", "digits-cnn", seed) for seed in range(4)),
-    *(Member("digits", "wrn-16-1", seed) for seed in range(3)),
+    *(Member("digits", "digits-cnn", seed) for seed in range(6)),
+    *(Member("digits", "wrn-16-1", seed) for seed in range(4)),
     *(
         Member(data, net, seed)
-        for seed in range(3)
+        for seed in range(2)
         for data, net in (
             ("gtsrb", "small-vgg"),
             ("cifar10", "small-vgg"),
@@ -95,11 +95,9 @@ MEMBERS = {member.name: member for member in CLEAN}
 def images_of(data: str) -> tuple[CleanSet, CleanSet]:
     """Training and test images."""
     if data == "digits":
-        bunch = load_digits()
+        bunch: Any = sklearn.datasets.load_digits()
         pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None]
-        everything = CleanSet(pixels, torch.from_numpy(bunch.target))
-        train_set, test_set = everything.split(0.5, seed=0)
-        return train_set, test_set
+        return CleanSet(pixels, torch.from_numpy(bunch.target)).split(0.5, seed=0)
     return CleanSet.load(DATA / data / "train.parquet"), CleanSet.load(DATA / data / "test.parquet")
 
 

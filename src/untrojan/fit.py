@@ -91,7 +91,7 @@ def fit(
     for parameter in parameters:
         parameter.requires_grad_(True)
     updates = optimizer(parameters)
-    rate = schedule(updates) if schedule else None
+    after_update, after_epoch = _schedule(schedule, updates, schedule_steps)
     history: list[Epoch] = []
     steps = 0
     gradient = _Gradient(parameters, step)
@@ -110,8 +110,7 @@ def fit(
                 if project is not None:
                     with torch.no_grad():
                         project()
-                if rate is not None and schedule_steps:
-                    rate.step()
+                after_update()
                 steps += 1
                 tally.add(loss, logits, labels)
             else:
@@ -121,13 +120,24 @@ def fit(
                 text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)
                 return Fit(history, stopped=False, diverged_at=steps)
-            if rate is not None and not schedule_steps:
-                rate.step()
+            after_epoch()
             history.append(tally.epoch())
             advance()
             if stop is not None and stop(history[-1]):
                 return Fit(history, stopped=True, diverged_at=None)
     return Fit(history, stopped=False, diverged_at=None)
+
+
+def _schedule(
+    schedule: Callable[[Optimizer], LRScheduler] | None, updates: Optimizer, each_update: bool
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What to call after each update, and after each epoch."""
+    step = schedule(updates).step if schedule else _nothing
+    return (step, _nothing) if each_update else (_nothing, step)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Gradient:
