@@ -61,6 +61,11 @@ class Member(NamedTuple):
         separator = "," if ":" in self.net else ":"
         return self.net + separator + ",".join([f"classes={CLASSES[self.data]}", *channels])
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights are here."""
+        return (WEIGHTS / f"{self.name}.safetensors").exists()
+
     def network(self) -> nn.Module:
         """The trained network, as its record says it is."""
         source = Checkpoint.read(WEIGHTS / f"{self.name}.safetensors")
@@ -89,7 +94,22 @@ CLEAN = [
         )
     ),
 ]
-MEMBERS = {member.name: member for member in CLEAN}
+ATTACKS = (
+    "wanet",
+    "blend",
+    "badnets:pattern=grid",
+    "low-frequency",
+    "dfst",
+    "ftrojan",
+    "bpp",
+    "l2-inv",
+    "trojan-square",
+    "trojan-watermark",
+    "l0-inv",
+    "adaptive-blend",
+)
+BACKDOORED = [Member("gtsrb", "small-vgg", 0, attack, target=7) for attack in ATTACKS]
+MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED)}
 
 
 def images_of(data: str) -> tuple[CleanSet, CleanSet]:
@@ -149,7 +169,8 @@ def main() -> None:
         if member.name.startswith(prefixes) and not path.exists():
             made = make(member)
             write_atomic(path, (json.dumps(made, indent=1) + "\n").encode())
-            print(member.name, f"ACC {100 * made['acc']:.1f}", f"{made['seconds']:.0f} s", flush=True)
+            asr = "" if made["asr"] is None else f"ASR {100 * made['asr']:.1f}"
+            print(member.name, f"ACC {100 * made['acc']:.1f}", asr, f"{made['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

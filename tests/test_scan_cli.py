@@ -24,7 +24,11 @@ from untrojan.sources.nets import build
 FILES = {RECORD, REPORT, SARIF}
 NET = "digits-cnn"
 SCANNERS = discover("untrojan.scanners", Scanner)
-QUICK = {"unlearning": ("--runs=1", "--unlearn-epochs=1"), "neural-cleanse": ("--mask-epochs=1",)}
+QUICK = {
+    "neural-cleanse": ("--mask-epochs=1",),
+    "triggers": ("--runs=1", "--unlearn-epochs=1", "--search-steps=1", "--refine-steps=1"),
+    "unlearning": ("--runs=1", "--unlearn-epochs=1"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -35,7 +39,7 @@ class Stub(Scanner):
         verdict: How it ends.
     """
 
-    name: ClassVar[str] = "unlearning"
+    name: ClassVar[str] = "triggers"
     verdict: Literal["found", "not_found", "inconclusive", "interrupted"] = "found"
 
     def _scan(self, model, clean, seed):
@@ -46,7 +50,7 @@ class Stub(Scanner):
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr(untrojan.cli.scan, "discover", lambda *_: {"unlearning": Stub})
+    monkeypatch.setattr(untrojan.cli.scan, "discover", lambda *_: {"triggers": Stub})
 
 
 @pytest.fixture

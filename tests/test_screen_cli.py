@@ -18,7 +18,7 @@ from untrojan.cli import run
 from untrojan.record import Diagnosis, Target
 from untrojan.report.screening import render
 from untrojan.scanners.samples import ScreeningRecord
-from untrojan.scanners.unlearning import UnlearningScanner
+from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import save_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -63,7 +63,7 @@ def verdict(monkeypatch):
     def tell(word):
         targets = [Target(label=7, score=0.9), Target(label=1, score=0.1)]
         found = Diagnosis(verdict=word, rule="as told", targets=targets, runs=[])
-        monkeypatch.setattr(UnlearningScanner, "scan", lambda *_: found)
+        monkeypatch.setattr(TriggerScanner, "scan", lambda *_: found)
 
     return tell
 

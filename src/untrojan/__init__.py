@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from untrojan.scanners.neural_cleanse import NeuralCleanseScanner
     from untrojan.scanners.samples import Screening, screen
     from untrojan.scanners.scanner import Scanner
+    from untrojan.scanners.triggers import TriggerScanner
     from untrojan.scanners.unlearning import UnlearningScanner
     from untrojan.sources import load
 
@@ -85,6 +86,7 @@ _HOMES = {
     "Scores": "untrojan.lab.evaluate",
     "Screening": "untrojan.scanners.samples",
     "TSBD": "untrojan.defenses.tsbd",
+    "TriggerScanner": "untrojan.scanners.triggers",
     "ULRL": "untrojan.defenses.ulrl",
     "UnlearningScanner": "untrojan.scanners.unlearning",
     "check": "untrojan.model",
@@ -126,6 +128,7 @@ __all__ = [
     "Scores",
     "Screening",
     "TSBD",
+    "TriggerScanner",
     "ULRL",
     "UnlearningScanner",
     "UnreliableWarning",
@@ -184,7 +187,7 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
     Args:
         model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
         clean: Clean images with their true labels, at least one of each class.
-        method: How; by default :class:`untrojan.UnlearningScanner`.
+        method: How; by default :class:`untrojan.TriggerScanner`.
         seed: Same seed, same verdict.
 
     Returns:
@@ -202,9 +205,9 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
         >>> untrojan.scan(build("digits-cnn"), clean, method=method).method.name
         'unlearning'
     """
-    from untrojan.scanners.unlearning import UnlearningScanner
+    from untrojan.scanners.triggers import TriggerScanner
 
-    return (method or UnlearningScanner()).examine(model, clean, seed)
+    return (method or TriggerScanner()).examine(model, clean, seed)
 
 
 def __getattr__(name: str) -> object:

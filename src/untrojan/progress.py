@@ -197,6 +197,26 @@ def stage(name: str, total: int, detail: str = "") -> Iterator[Advance]:
         _add(name, time.perf_counter() - start)
 
 
+@contextlib.contextmanager
+def whole(name: str, total: int) -> Iterator[Advance]:
+    """Open a stage as :func:`stage` does, inside of which no other is shown or timed.
+
+    Example:
+        >>> with timing() as seconds, whole("count", total=1) as advance:
+        ...     with stage("count to ten", total=10):
+        ...         advance()
+        >>> list(seconds)
+        ['count']
+    """
+    with stage(name, total) as advance:
+        token = _seconds.set(None)
+        try:
+            with reporting(Silent()):
+                yield advance
+        finally:
+            _seconds.reset(token)
+
+
 def _add(name: str, spent: float) -> None:
     seconds = _seconds.get()
     if seconds is not None:

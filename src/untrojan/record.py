@@ -103,7 +103,7 @@ class Target(_Part):
     """A suspected target label and its score: the higher, the more suspicious.
 
     Where the evidence is unlearning runs, the score is the label's mean share of predictions at their ends. Where it is
-    patches, it is how many robust standard deviations the size of the label's patch lies below the median.
+    masks, it is how many robust standard deviations the size of the label's mask lies below the median.
     """
 
     label: int
@@ -150,10 +150,61 @@ class Patch(_Part):
     picture: str | None = None
 
 
+class Reach(_Part):
+    """How far small triggers reach into `label`, on images that the search for them did not see.
+
+    Of the images that the model gives another label, the best patch of full opacity and at most `sizes[i]` pixels sends
+    the share `shares[i]` there, and a perturbation of all pixels with the l2 norm `norm` sends `faint`. `far` says both
+    in one number: 1 or more is too far.
+    """
+
+    label: int
+    sizes: list[int]
+    shares: list[float]
+    norm: float
+    faint: float
+    far: float
+
+    @property
+    def mean(self) -> float:
+        """The mean share of patches over the sizes."""
+        return math.fsum(self.shares) / len(self.shares)
+
+
+class Trigger(_Part):
+    """What was recovered for `label`, a patch of full opacity or a perturbation of all pixels; `what` says it in words.
+
+    `success` is the share of images of another label that it sends there, on images that the search did not see.
+    `picture` is a PNG in base64, with a patch transparent where images stay as they are, with a perturbation amplified
+    around gray; `examples` shows some clean images above the same with the trigger.
+    """
+
+    label: int
+    kind: Literal["patch", "perturbation"]
+    what: str
+    success: Rate
+    picture: str
+    examples: str
+
+
+class Calibration(_Part):
+    """What the score of the scan means, by models that are known to be clean.
+
+    The score of a model is that of the label which is reached furthest, in multiples of what is too far. `as_high`
+    counts the clean models that score as high as this one, `false_alarms` those that are called `found`; both are of 0
+    models where none was scanned with these settings.
+    """
+
+    score: float
+    as_high: Rate
+    false_alarms: Rate
+
+
 class Diagnosis(_Part):
     """What the scan found: the verdict, the rule behind it, targets best first, and the evidence.
 
-    The evidence is unlearning `runs` or recovered `patches`, as the scanner has it.
+    The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small patches reach and the `triggers`
+    recovered, as the scanner has it.
     """
 
     verdict: Verdict
@@ -161,6 +212,18 @@ class Diagnosis(_Part):
     targets: list[Target]
     runs: list[UnlearningRun]
     patches: list[Patch] = Field(default_factory=list)
+    reaches: list[Reach] = Field(default_factory=list)
+    triggers: list[Trigger] = Field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def found(self) -> list[int]:
+        """The labels found: those with a trigger or a patch that is too small, or else the first."""
+        if self.verdict != "found":
+            return []
+        shown = {each.label for each in self.triggers} | {each.label for each in self.patches if each.too_small}
+        labels = [target.label for target in self.targets]
+        return [label for label in labels if label in shown] or labels[:1]
 
     @property
     def suspect(self) -> int | None:

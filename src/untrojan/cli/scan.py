@@ -25,7 +25,7 @@ from untrojan.scanners.scanner import Scanner
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.scanners", Scanner))
-@run_options("unlearning", f"One of {', '.join(discover('untrojan.scanners', Scanner))}.")
+@run_options("triggers", f"One of {', '.join(discover('untrojan.scanners', Scanner))}.")
 @json_option
 @click.option("--sarif", is_flag=True, help="Print the result as SARIF.")
 @quiet_option

@@ -39,7 +39,7 @@ from untrojan.record import (
 )
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, model_info, tensors_of
-from untrojan.scanners.unlearning import UnlearningScanner
+from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
 
 REPAIRED, CHANGES = "repaired.safetensors", "changes.safetensors"
@@ -223,7 +223,7 @@ class Defense(ABC):
 
 def _look(model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
     if len(clean):
-        return UnlearningScanner().scan(model, clean, seed)
+        return TriggerScanner().scan(model, clean, seed)
     return Diagnosis(verdict="inconclusive", rule="there were no clean images to scan with", targets=[], runs=[])
 
 

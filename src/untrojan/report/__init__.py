@@ -7,6 +7,7 @@ the browser run these and no others. Everything in a record is untrusted text an
 import base64
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ def render(record: RunRecord) -> str:
         badge=_badge(record),
         suspect=suspect,
         evidence=evidence(record),
+        alarms=_alarms(record),
         chosen=_chosen(record),
         settings=_settings(record),
     )
@@ -94,8 +96,7 @@ def finding(record: RunRecord) -> str:
         return "No backdoor found"
     suspect = diagnosis.suspect
     if diagnosis.verdict == "found":
-        small = [target.label for target in diagnosis.targets if target.label in _too_small(diagnosis)]
-        labels = small or [target.label for target in diagnosis.targets[:1]]
+        labels = diagnosis.found
         named = f": target label{'s' if len(labels) > 1 else ''} {', '.join(map(record.label, labels))}"
         return f"Backdoor found{named if labels else ''}"
     if suspect is None:
@@ -105,28 +106,52 @@ def finding(record: RunRecord) -> str:
     return f"Inconclusive; the most suspicious label is {record.label(suspect)}"
 
 
-def _too_small(diagnosis: Diagnosis) -> set[int]:
-    return {patch.label for patch in diagnosis.patches if patch.too_small}
-
-
 def evidence(record: RunRecord) -> str:
     """What the verdict stands on, in one sentence."""
     diagnosis = record.diagnosis
     if diagnosis.patches:
         return _evidence_of_patches(record)
+    unlearned = _evidence_of_unlearning(record)
+    return f"{_evidence_of_reaches(record)} {unlearned}" if diagnosis.reaches else unlearned
+
+
+def _evidence_of_reaches(record: RunRecord) -> str:
+    first, *others = sorted(record.diagnosis.reaches, key=lambda reach: -reach.far)
+    text = (
+        f"Small triggers reach furthest into label {record.label(first.label)}: patches of at most {first.sizes[-1]} "
+        f"pixels send {_percent(first.mean)} of the other classes' images there, on average over their sizes, and a "
+        f"faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
+    )
+    return f"{text}; the next label has {others[0].far:.2f}." if others else f"{text}."
+
+
+def _evidence_of_unlearning(record: RunRecord) -> str:
+    diagnosis = record.diagnosis
     if not diagnosis.runs:
         return "There is no evidence in the record."
-    if not diagnosis.targets:
+    traces = [run.trace for run in diagnosis.runs if run.trace]
+    if not traces or not diagnosis.targets:
         return "Unlearning left the numbers at once and says nothing."
     suspect, runs = diagnosis.suspect, len(diagnosis.runs)
     ended = f"{_agreement(diagnosis, suspect)} of {runs} unlearning runs ended on"
     if suspect is None:
         ended = f"At most {ended} the same label"
     else:
-        share = _percent(diagnosis.targets[0].score)
-        ended += f" label {record.label(suspect)}, which holds {share} of the predictions there on average"
+        share = math.fsum(trace[-1].shares[suspect] for trace in traces) / len(traces)
+        ended += f" label {record.label(suspect)}, which holds {_percent(share)} of the predictions there on average"
     reached = sum(run.reached for run in diagnosis.runs)
     return f"{ended}; {reached} of {runs} forgot enough to reach the accuracy floor."
+
+
+def _alarms(record: RunRecord) -> str:
+    calibration = record.diagnosis.calibration
+    if calibration is None or not calibration.false_alarms.total:
+        return "How often this scan raises a false alarm has not been measured for these settings."
+    alarms, high = calibration.false_alarms, calibration.as_high
+    return (
+        f"With these settings the scan called {alarms.count} of {alarms.total} models without a backdoor backdoored "
+        f"(95% interval {_interval(alarms)}); triggers reached as far as here in {high.count or 'none'} of them."
+    )
 
 
 def _evidence_of_patches(record: RunRecord) -> str:

@@ -93,6 +93,8 @@ def figures(record: RunRecord, suspect: int | None) -> dict[str, Any]:
     """The charts that this record has data for, by name, in the form that `Bokeh.embed.embed_item` takes."""
     charts: dict[str, figure] = {}
     diagnosis = record.diagnosis
+    if diagnosis.reaches:
+        charts["reaches"] = _reaches(record, suspect)
     if diagnosis.targets:
         charts |= {"patches": _patches(record)} if diagnosis.patches else {"shares": _shares(record, suspect)}
     if any(run.trace for run in diagnosis.runs):
@@ -195,10 +197,30 @@ def _patches(record: RunRecord) -> figure:
     return chart
 
 
+def _reaches(record: RunRecord, suspect: int | None) -> figure:
+    reaches = sorted(record.diagnosis.reaches, key=lambda reach: (-reach.far, reach.label))[:_BARS]
+    far = [reach.far for reach in reaches]
+    source = ColumnDataSource(
+        {
+            "name": _class_names(record, [reach.label for reach in reaches]),
+            "value": far,
+            "text": [f"{reach.far:.2f}" for reach in reaches],
+            "color": [_BAD if reach.label == suspect else _ACCENT for reach in reaches],
+            "patches": [f"{100 * reach.mean:.1f}%" for reach in reaches],
+            "faint": [f"{100 * reach.faint:.1f}%" for reach in reaches],
+        }
+    )
+    chart, bars = _bars(
+        "reach, in multiples of what is too far", source, 1.0, Range1d(start=0, end=max(1.2, *far) * 1.2)
+    )
+    _hover(chart, [bars], [("label", "@name"), ("patches", "@patches"), ("perturbation", "@faint")])
+    return chart
+
+
 def _shares(record: RunRecord, suspect: int | None) -> figure:
     ends = [run.trace[-1].shares for run in record.diagnosis.runs if run.trace]
     mean = {label: math.fsum(column) / len(ends) for label, column in enumerate(zip(*ends, strict=True))}
-    scores = mean | {target.label: target.score for target in record.diagnosis.targets}
+    scores = mean if record.diagnosis.reaches else mean | {each.label: each.score for each in record.diagnosis.targets}
     shares = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:_BARS]
     labels = [label for label, _ in shares]
     source = ColumnDataSource(

@@ -4,13 +4,11 @@ As the report of a repair, it works offline, fetches nothing, and takes everythi
 has no script.
 """
 
-import base64
-import io
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
+from untrojan.pictures import png
 from untrojan.report import image_rows, model_rows, run_tables, template
 from untrojan.scanners.samples import ScreeningRecord
 
@@ -39,21 +37,10 @@ def render(record: ScreeningRecord, images: Tensor) -> str:
         record=record,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         badge=_VERDICTS[record.diagnosis.verdict],
-        shown=list(zip(record.top, map(_data_uri, images), strict=True)),
+        shown=list(zip(record.top, map(png, images), strict=True)),
         labels=_counts(record),
         settings=_settings(record),
     )
-
-
-def _data_uri(image: Tensor) -> str:
-    pixels = image if not image.is_floating_point() else (image * 255).round().byte()
-    values = pixels.movedim(0, -1).numpy()
-    kind = {1: "L", 3: "RGB"}.get(values.shape[2])
-    if kind is None:  # other numbers of channels have no color
-        values, kind = values[:, :, 0], "L"
-    buffer = io.BytesIO()
-    Image.fromarray(values.reshape(values.shape[:2]) if kind == "L" else values).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _counts(record: ScreeningRecord) -> dict[int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.fit import fit
 from untrojan.model import mode, share_sent
+from untrojan.pictures import png
 
 FIRST_NORM = 2.0
 GROWTH = 1.5
@@ -21,6 +22,9 @@ IMAGES = 200
 BATCH = 25
 SHORT_BATCH = 64
 SHORT_STEPS = 60
+RATES = {"l1": 0.05, "l2": 0.02}
+
+Ball = Literal["l1", "l2"]
 
 
 class Perturbation(NamedTuple):
@@ -29,9 +33,20 @@ class Perturbation(NamedTuple):
     values: Tensor
     norm: float
 
+    def __str__(self) -> str:
+        return f"a perturbation of all pixels with an l2 norm of {float(self.values.norm()):.2g}"
+
+    def add(self, images: Tensor) -> Tensor:
+        """Add it to images `(N, C, H, W)`, clipped to [0, 1]."""
+        return (images + self.values).clamp(0, 1)
+
+    def picture(self) -> str:
+        """The perturbation as a PNG in base64, amplified to the full range around gray."""
+        return png(0.5 + self.values / (2 * self.values.abs().max().clamp(min=1e-9)))
+
     def success(self, model: nn.Module, clean: CleanSet, label: int) -> float:
         """Share of the images of other classes that get `label` with the perturbation on."""
-        return share_sent(model, clean, label, lambda images: (images + self.values).clamp(0, 1))
+        return share_sent(model, clean, label, self.add)
 
 
 def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Perturbation:
@@ -73,8 +88,16 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
     return found
 
 
-def bounded(model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator) -> Perturbation:
-    """Find the perturbation of a given l1 norm that sends most images of other classes to a label, in a short search.
+def bounded(
+    model: nn.Module,
+    clean: CleanSet,
+    label: int,
+    norm: float,
+    generator: torch.Generator,
+    ball: Ball = "l1",
+    steps: int = SHORT_STEPS,
+) -> Perturbation:
+    """Find the perturbation of a given norm that sends most images of other classes to a label, in a short search.
 
     Args:
         model: The network; it is not changed.
@@ -82,6 +105,8 @@ def bounded(model: nn.Module, clean: CleanSet, label: int, norm: float, generato
         label: Where to send them.
         norm: In units of the full pixel range.
         generator: Decides the order of the images.
+        ball: Which norm: "l1" gives few pixels that change much, "l2" many that change little.
+        steps: Batches of 64 images.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
@@ -91,7 +116,7 @@ def bounded(model: nn.Module, clean: CleanSet, label: int, norm: float, generato
     """
     found = Perturbation(torch.zeros(clean.shape), norm)
     others = clean.take(clean.labels != label)
-    _improve(found, model, lambda: others.draws(SHORT_BATCH, SHORT_STEPS, generator), label, epochs=1)
+    _improve(found, model, lambda: others.draws(SHORT_BATCH, steps, generator), label, epochs=1, ball=ball)
     return found
 
 
@@ -101,6 +126,7 @@ def _improve(
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     label: int,
     epochs: int,
+    ball: Ball = "l1",
 ) -> None:
     """Change a perturbation in place, within the ball of its norm."""
     values = found.values
@@ -114,11 +140,11 @@ def _improve(
             [values],
             step,
             batches,
-            partial(torch.optim.Adam, lr=0.05),
+            partial(torch.optim.Adam, lr=RATES[ball]),
             epochs,
             name="invert",
-            detail=f"l1 norm {found.norm:g}",
-            project=lambda: values.copy_(_onto_l1_ball(values, found.norm)),
+            detail=f"{ball} norm {found.norm:g}",
+            project=lambda: values.copy_(BALLS[ball](values, found.norm)),
             stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
         )
     values.requires_grad_(False)
@@ -133,3 +159,10 @@ def _onto_l1_ball(values: Tensor, norm: float) -> Tensor:
     excess = (ordered.cumsum(0) - norm) / torch.arange(1, len(ordered) + 1)
     cut = excess[ordered > excess][-1]
     return values.sign() * (values.abs() - cut).clamp(min=0)
+
+
+def _onto_l2_ball(values: Tensor, norm: float) -> Tensor:
+    return values * (norm / values.norm().clamp(min=norm))
+
+
+BALLS: dict[Ball, Callable[[Tensor, float], Tensor]] = {"l1": _onto_l1_ball, "l2": _onto_l2_ball}

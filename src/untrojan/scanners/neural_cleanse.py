@@ -1,15 +1,12 @@
 """Neural Cleanse: the smallest patch that sends every image to a label, and the label whose patch is too small."""
 
-import base64
 import copy
-import io
 import math
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet, size_with_enough_steps
 from untrojan.fit import fit
 from untrojan.model import logits, share_sent
+from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict
 from untrojan.scanners.scanner import Scanner
 
@@ -167,7 +165,7 @@ def diagnose(triggers: Sequence[Trigger]) -> Diagnosis:
                 success=trigger.success,
                 index=away.get(trigger.label),
                 too_small=trigger.label in small,
-                picture=_picture(trigger) if trigger.label in small else None,
+                picture=png(trigger.pattern, trigger.mask) if trigger.label in small else None,
             )
             for trigger in triggers
         ],
@@ -213,18 +211,6 @@ class NeuralCleanseScanner(Scanner):
     def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
         classes = logits(model, clean.take([0])).shape[1]
         return diagnose(cleanse(model, clean, range(classes), seed, lr=self.mask_lr, epochs=self.mask_epochs))
-
-
-def _picture(trigger: Trigger) -> str | None:
-    """The patch as a PNG in base64, where its channels are those of a picture."""
-    channels = len(trigger.pattern)
-    if channels not in (1, 3):
-        return None
-    planes = torch.cat([trigger.pattern.expand(3, -1, -1), trigger.mask])
-    pixels = (255 * planes).round().to(torch.uint8).movedim(0, -1).contiguous()
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy(), "RGBA").save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 class _Inversion:

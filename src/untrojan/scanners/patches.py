@@ -16,6 +16,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.fit import fit
 from untrojan.model import mode, share_sent
+from untrojan.pictures import png
 from untrojan.progress import stage
 
 STEPS = 150
@@ -113,6 +114,12 @@ class HardPatch(NamedTuple):
         stamped[..., self.top : self.top + height, self.left : self.left + width] = self.values
         return stamped
 
+    def picture(self, shape: tuple[int, int, int]) -> str:
+        """The patch at its place in images `(C, H, W)`, as a PNG in base64 that is transparent elsewhere."""
+        blank = torch.zeros(1, *shape)
+        opaque = self._replace(values=torch.ones_like(self.values)).stamp(blank)[0, :1]
+        return png(self.stamp(blank)[0], opaque)
+
     def success_on(self, model: nn.Module, clean: CleanSet, label: int) -> float:
         """Share of the images of other classes that get `label` with the patch on."""
         return share_sent(model, clean, label, self.stamp)
@@ -180,19 +187,38 @@ def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) ->
         label: Where to send them.
         patches: Those to choose from; the few that matter most are tried.
     """
+    tried = measured(model, clean, label, patches)
+    enough = [patch for patch in tried if patch.success >= ENOUGH]
+    if enough:
+        return min(enough, key=lambda patch: (patch.area, -patch.success))
+    return max(tried, key=lambda patch: patch.success)
+
+
+def measured(
+    model: nn.Module, clean: CleanSet, label: int, patches: Patches, most: int | None = None
+) -> list[HardPatch]:
+    """Measure how many images the best patch of each size sends to a label.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to stamp.
+        label: Where to send them.
+        patches: Those to choose from.
+        most: Leave out patches of more pixels than this.
+
+    Returns:
+        One patch of each size that was tried, in no particular order.
+    """
     tried = []
-    candidates = _candidates(patches)
-    with stage("try patches", total=len(candidates)) as advance:
+    candidates = [row for row in _candidates(patches) if most is None or patches.areas[row] <= most]
+    with stage("try patches", total=len(candidates), detail=f"label {label}") as advance:
         for row in candidates:
             height, width, top, left = patches.boxes[row].tolist()
             values = patches.patterns[patches.which[row], :, top : top + height, left : left + width].clone()
             patch = HardPatch(values, top, left, 0.0)
             tried.append(patch._replace(success=patch.success_on(model, clean, label)))
             advance()
-    enough = [patch for patch in tried if patch.success >= ENOUGH]
-    if enough:
-        return min(enough, key=lambda patch: (patch.area, -patch.success))
-    return max(tried, key=lambda patch: patch.success)
+    return tried
 
 
 def _candidates(patches: Patches) -> list[int]:
@@ -309,12 +335,17 @@ class _Search:
         return torch.where(torch.rand(count, generator=self.generator) < 2 / 3, optimized, solid)
 
 
+def least_area(height: int, width: int) -> int:
+    """Pixels of the smallest patch that is searched for."""
+    return _least(height) * _least(width)
+
+
 def _least(side: int) -> int:
-    return max(1, side // 16)
+    return max(1, round(side / 16))
 
 
 def _most(side: int) -> int:
-    return max(1, side // 4)
+    return max(1, round(side / 4))
 
 
 def _masks(boxes: Tensor, height: int, width: int) -> Tensor:

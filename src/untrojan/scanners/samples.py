@@ -31,7 +31,7 @@ from untrojan.run import clean_info, collected, model_info, tensors_of
 from untrojan.scanners.detectors.detector import Detector, require_fit
 from untrojan.scanners.detectors.unlearned import Unlearned
 from untrojan.scanners.suspects import Suspects
-from untrojan.scanners.unlearning import UnlearningScanner
+from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def screen(
         samples = Suspects.of(suspects)
         require_fit(model, clean, samples)
         predicted, sha256 = _look(copy.deepcopy(model).eval(), samples)
-        diagnosis = diagnosis or UnlearningScanner().scan(model, clean, seed)
+        diagnosis = diagnosis or TriggerScanner().scan(model, clean, seed)
         scores = {each.name: each.score(model, clean, samples, diagnosis, seed) for each in detectors}
     first, *others = [MethodInfo(name=each.name, fields=describe(each)) for each in detectors]
     order = scores[first.name].argsort(descending=True, stable=True)

@@ -120,12 +120,36 @@ class Unlearning:
             module.training = original.training
         return Unlearned(unlearned, run)
 
+    def survey(self, model: nn.Module, clean: CleanSet, seed: int, runs: int) -> list[UnlearningRun]:
+        """Unlearn several times, each time on a seed of its own and every second time with noise.
+
+        Args:
+            model: As for :meth:`unlearn`.
+            clean: As for :meth:`unlearn`.
+            seed: That of the first run.
+            runs: How many.
+        """
+        views: tuple[View, View] = ("plain", "noise")
+        return [self.unlearn(model, clean, seed + run, views[run % 2], f"{run + 1}/{runs}").run for run in range(runs)]
+
 
 def warn_of_missed_floor(last: float | None, floor: float) -> None:
     """Warn that unlearning ended above its floor, at the accuracy `last`, or before its first epoch ended."""
     ended = "the first step" if last is None else f"an accuracy of {last:.2f}"
     text = f"unlearning ended at {ended}, not at the floor of {floor:.2f}; the last state is used"
     warnings.warn(UnreliableWarning(text), stacklevel=3)
+
+
+def ends(runs: list[UnlearningRun]) -> Tensor | None:
+    """Mean shares of predictions at the ends of the runs of each view, `(views, K)`, or nothing without any.
+
+    Runs that left the numbers within their first epoch say nothing.
+    """
+    shares: dict[str, list[Tensor]] = {}
+    for run in runs:
+        if run.trace:
+            shares.setdefault(run.view, []).append(torch.tensor(run.trace[-1].shares))
+    return torch.stack([torch.stack(view).mean(0) for view in shares.values()]) if shares else None
 
 
 def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
@@ -137,19 +161,15 @@ def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
         runs: The runs on one model.
 
     Returns:
-        Every class with its mean share, best first, and the verdict by :data:`RULE`. Runs that left the numbers
-        within their first epoch say nothing.
+        Every class with its mean share, best first, and the verdict by :data:`RULE`.
     """
-    ends: dict[str, list[Tensor]] = {}
-    for run in runs:
-        if run.trace:
-            ends.setdefault(run.view, []).append(torch.tensor(run.trace[-1].shares))
-    if not ends:
+    views = ends(runs)
+    if views is None:
         return Diagnosis(verdict="inconclusive", rule=RULE, targets=[], runs=runs)
-    views = torch.stack([torch.stack(view).mean(0) for view in ends.values()])
     shares = views.mean(0)
     agree = len(views.argmax(1).unique()) == 1
-    down = {view: [run.reached for run in runs if run.view == view] for view in ends}
+    seen = {run.view for run in runs if run.trace}
+    down = {view: [run.reached for run in runs if run.view == view] for view in seen}
     verdict: Verdict = "inconclusive"
     if agree and all(map(all, down.values())) and shares.max() >= FOUND_SHARE:
         verdict = "found"
@@ -185,10 +205,4 @@ class UnlearningScanner(Unlearning, Scanner):
     runs: int = Field(default=4, ge=1)
 
     def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
-        views: tuple[View, View] = ("plain", "noise")
-        return diagnose(
-            [
-                self.unlearn(model, clean, seed + run, views[run % 2], f"{run + 1}/{self.runs}").run
-                for run in range(self.runs)
-            ]
-        )
+        return diagnose(self.survey(model, clean, seed, self.runs))

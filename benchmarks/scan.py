@@ -1,0 +1,194 @@
+"""The default scan on models that are known: published backdoored ones, and those of `population.py`.
+
+Every cell (model x number of clean images x seed) is one JSON under `benchmarks/records/scan`, made in a process of its
+own on one thread; cells that are there are not run again. Clean models calibrate the scan: with `--calibrate` how far
+triggers reached in each of them is written into the package.
+
+    python benchmarks/scan.py --jobs 2        # run what is missing, then write benchmarks/scan.md
+    python benchmarks/scan.py --calibrate     # the same, and src/untrojan/scanners/clean_models.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cases import CASES, SHARED
+from population import MEMBERS, images_of
+from torch import nn
+
+import untrojan
+from untrojan.data import CleanSet
+from untrojan.record import Diagnosis, Rate, write_atomic
+from untrojan.sources.files import Checkpoint
+
+RECORDS = Path("benchmarks/records/scan")
+CALIBRATION = Path("src/untrojan/scanners/clean_models.json")
+REPAIRED = "nad-cifar10-finetuned"
+IMAGES = 500
+FEW = 50
+
+
+class Cell(NamedTuple):
+    """One scan."""
+
+    model: str
+    images: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where its record is."""
+        return RECORDS / f"{self.model}-{self.images}-{self.seed}.json"
+
+    @property
+    def target(self) -> int | None:
+        """The label that the scan should find, if there is a backdoor."""
+        if self.model in CASES:
+            return CASES[self.model].target
+        member = MEMBERS.get(self.model)
+        return member.target if member and member.attack else None
+
+
+def cells() -> list[Cell]:
+    """All of them, what matters most first."""
+    took = [name for name, member in MEMBERS.items() if member.is_trained and (member.record()["asr"] or 1) >= 0.9]
+    seeds = [Cell(case, images, seed) for seed in range(5) for images in (IMAGES, FEW) for case in CASES]
+    return [*seeds[: len(CASES)], *(Cell(name, IMAGES, 0) for name in (REPAIRED, *took)), *seeds[len(CASES) :]]
+
+
+def inputs(cell: Cell) -> tuple[nn.Module, CleanSet]:
+    """The model and the clean images of a cell."""
+    if cell.model in MEMBERS:
+        member = MEMBERS[cell.model]
+        _, test = images_of(member.data)
+        return member.network(), test.split(cell.images / len(test), cell.seed)[1]
+    checkpoint, net, train = REPAIRED + ".tar", "wrn-16-1:classes=10", "cifar10/train-lossless.parquet"
+    if cell.model in CASES:
+        checkpoint, net, train = CASES[cell.model].file, CASES[cell.model].net, CASES[cell.model].train
+    model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / checkpoint), net)
+    return model, CleanSet.load(SHARED / "data" / train, samples=cell.images, seed=cell.seed)
+
+
+def run(cell: Cell) -> None:
+    """Scan one model."""
+    model, clean = inputs(cell)
+    start = time.perf_counter()
+    record = untrojan.scan(model, clean, seed=cell.seed)
+    seconds = time.perf_counter() - start
+    long = {"triggers": {"__all__": {"picture", "examples"}}, "runs": {"__all__": {"trace"}}}
+    diagnosis = record.diagnosis.model_dump(exclude={**long, "calibration": True})
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    content = {
+        **cell._asdict(),
+        "target": cell.target,
+        "diagnosis": diagnosis,
+        "method": record.method.model_dump(),
+        "stages": record.seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "environment": record.environment,
+    }
+    write_atomic(cell.path, (json.dumps(content, indent=1) + "\n").encode())
+    print(*cell, "true", cell.target, record.diagnosis.verdict, record.diagnosis.found, f"{seconds:.0f} s")
+
+
+def in_a_process(cell: Cell) -> None:
+    """Run a cell on one thread in a process of its own; a cell that fails is told and left out."""
+    command = [sys.executable, __file__, "--cell", *map(str, cell)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
+
+
+def furthest(result: dict[str, Any]) -> float:
+    """How far triggers reach into the label that they reach furthest into."""
+    return max(reach["far"] for reach in result["diagnosis"]["reaches"])
+
+
+def page() -> Iterator[str]:
+    """All records as Markdown."""
+    results = [json.loads(cell.path.read_text()) for cell in cells() if cell.path.exists()]
+    clean = [result for result in results if result["target"] is None]
+    bad = [result for result in results if result["target"] is not None]
+    alarms = Rate.of(sum(result["diagnosis"]["verdict"] == "found" for result in clean), len(clean))
+    yield "# The scan on models that are known\n"
+    yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time.\n"
+    yield "## Models without a backdoor\n"
+    yield (
+        f"Called `found`: {alarms.count} of {alarms.total} (95 % interval {100 * (alarms.low or 0):.0f} to "
+        f"{100 * (alarms.high or 0):.0f} %).\n"
+    )
+    yield "| model | accuracy | verdict | reach | into label | class that survives, share | seconds |"
+    yield "|---|---|---|---|---|---|---|"
+    for result in sorted(clean, key=furthest, reverse=True):
+        ends = [(run["label"], run["share"]) for run in result["diagnosis"]["runs"]]
+        label = statistics.mode(label for label, _ in ends)
+        share = statistics.mean(share for each, share in ends if each == label)
+        survives = f"{label} in {sum(each == label for each, _ in ends)} of {len(ends)} runs, {100 * share:.0f} %"
+        accuracy = f"{100 * MEMBERS[result['model']].record()['acc']:.1f}" if result["model"] in MEMBERS else ""
+        first = max(result["diagnosis"]["reaches"], key=lambda reach: reach["far"])
+        shown = [result["model"], accuracy, result["diagnosis"]["verdict"], f"{first['far']:.2f}", str(first["label"])]
+        yield f"| {' | '.join(shown)} | {survives} | {result['seconds']:.0f} |"
+    yield "\nA reach of 1 or more is called `found`.\n"
+    yield "## Models with a backdoor\n"
+    yield "Reach: the least into the target, the greatest into another label, over seeds. Trigger: of the first seed.\n"
+    columns = ["model", "images", "scans", "found", "label right", "reach", "others", "trigger", "success", "seconds"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for name, images in dict.fromkeys((result["model"], result["images"]) for result in bad):
+        yield backdoored([result for result in bad if (result["model"], result["images"]) == (name, images)])
+
+
+def backdoored(results: list[dict[str, Any]]) -> str:
+    """The scans of one model as a row; what was recovered is that of the first seed."""
+    first = results[0]
+    diagnoses = [Diagnosis.model_validate(complete(result["diagnosis"])) for result in results]
+    target = first["target"]
+    reach = [each.far for d in diagnoses for each in d.reaches if each.label == target]
+    others = [each.far for d in diagnoses for each in d.reaches if each.label != target]
+    right = sum(diagnosis.targets[0].label == target for diagnosis in diagnoses)
+    triggers = [trigger for trigger in diagnoses[0].triggers if trigger.label == target]
+    what, success = (triggers[0].what, f"{100 * (triggers[0].success.value or 0):.1f} %") if triggers else ("", "")
+    found = sum(diagnosis.verdict == "found" for diagnosis in diagnoses)
+    return (
+        f"| {first['model']} | {first['images']} | {len(results)} | {found} | {right} | {min(reach):.2f} | "
+        f"{max(others):.2f} | {what} | {success} | {statistics.median(r['seconds'] for r in results):.0f} |"
+    )
+
+
+def complete(diagnosis: dict[str, Any]) -> dict[str, Any]:
+    """A diagnosis with empty fields in place of those that the records leave out."""
+    triggers = [{**trigger, "picture": "", "examples": ""} for trigger in diagnosis["triggers"]]
+    return diagnosis | {"triggers": triggers, "runs": [{**each, "trace": []} for each in diagnosis["runs"]]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of the names of the models to scan")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "IMAGES", "SEED"), help="run one, in this process")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if given.cell:
+        run(Cell(given.cell[0], int(given.cell[1]), int(given.cell[2])))
+        return
+    missing = [cell for cell in cells() if not cell.path.exists() and cell.model.startswith(tuple(given.only))]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(in_a_process, missing))
+    write_atomic(Path("benchmarks/scan.md"), ("\n".join(page()) + "\n").encode())
+    if given.calibrate:
+        scores = [furthest(json.loads(c.path.read_text())) for c in cells() if c.target is None and c.path.exists()]
+        write_atomic(CALIBRATION, (json.dumps([round(score, 4) for score in sorted(scores)]) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

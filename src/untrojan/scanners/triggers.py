@@ -1,0 +1,236 @@
+"""How far small patches reach into each label, and whether they reach into one label too far."""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.model import logits
+from untrojan.pictures import png
+from untrojan.progress import whole
+from untrojan.record import Calibration, Diagnosis, Rate, Reach, Target, Trigger, UnlearningRun, Verdict
+from untrojan.scanners import unlearning
+from untrojan.scanners.inversion import Perturbation, bounded
+from untrojan.scanners.patches import Patches, least_area, measured, search, smallest
+from untrojan.scanners.scanner import Scanner
+from untrojan.scanners.unlearning import Unlearning
+
+HELD_OUT = 0.3
+SIZES = (1, 1.5, 2.25, 3, 4)
+LEADERS = 3
+FEW_LABELS = 10
+EXAMPLES = 8
+FEW_IMAGES = 64
+FAINT = 0.018
+FAINT_STEPS = 20, 60
+FAR = 0.5
+MOST = 0.8
+ALIKE = 0.9
+RULE = (
+    f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
+    f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels; "
+    "inconclusive: it holds for more, or for none but every unlearning run ends on the very label that they reach "
+    "furthest into; not_found: anything else"
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TriggerScanner(Unlearning, Scanner):
+    """Search small triggers into every label, see which class survives unlearning, and compare the labels.
+
+    A patch of a few pixels, of full opacity and at any place, sends most images to the target of a backdoor whose
+    trigger is a small patch, and a perturbation too faint to see does where the trigger is spread over the image. In a
+    clean model neither sends many to any label. How many is measured on images that the search did not see, and that
+    the model gives another label without a trigger. Triggers
+    of other kinds, such as a warp, can still show when clean images are unlearned: if the class that survives in all
+    runs is the one that triggers reach furthest into, the verdict is inconclusive. That a class survives is no sign by
+    itself, for clean models collapse into one as well.
+
+    Attributes:
+        runs: How many unlearning runs, each on its own seed; every second one with noise.
+        search_steps: Batches of 64 images that the search for patches takes per label with up to ten labels; with more
+            it takes fewer, but at least half of that.
+        refine_steps: Batches of another search for each of the three labels that are reached furthest.
+
+    Needs:
+        Clean images.
+
+    Cost:
+        3 F per clean image, epoch and unlearning run, and 128 F per step of a search for patches; a search for
+        perturbations has 20 steps per label, and 60 for each of the three. F is one image through the network once.
+
+    References:
+        Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
+
+        Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
+        neural networks, IEEE S&P 2019, whose masks the patches replace.
+    """
+
+    name: ClassVar[str] = "triggers"
+
+    runs: int = Field(default=4, ge=1)
+    search_steps: int = Field(default=40, ge=1)
+    refine_steps: int = Field(default=100, ge=1)
+
+    def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
+        runs = self.survey(model, clean, seed, self.runs)
+        out = logits(model, clean)
+        classes = out.shape[1]
+        as_said = CleanSet(clean.images, out.argmax(1))
+        look = _Look(model, *_halves(as_said, seed), torch.Generator().manual_seed(seed))
+        with whole("search triggers", total=classes) as advance:
+            for label in range(classes):
+                look.at(label, self._steps(classes), FAINT_STEPS[0], look.few)
+                advance()
+        with whole("refine triggers", total=LEADERS) as advance:
+            for reach in look.reaches()[:LEADERS]:
+                look.at(reach.label, self.refine_steps, FAINT_STEPS[1], look.held)
+                advance()
+        reaches = look.reaches()
+        triggers = [look.trigger(label) for label in targets_of(reaches)]
+        return judge(runs, reaches, triggers, _clean_models() if self == TriggerScanner() else ())
+
+    def _steps(self, classes: int) -> int:
+        return max(math.ceil(self.search_steps / 2), min(self.search_steps, self.search_steps * FEW_LABELS // classes))
+
+
+def targets_of(reaches: Sequence[Reach]) -> list[int]:
+    """The labels that small triggers reach too far into, and about as far as any: none where half of all are like that.
+
+    Example:
+        >>> def reach(label, far):
+        ...     return Reach(label=label, sizes=[4], shares=[far / 2], norm=1, faint=0, far=far)
+        >>> targets_of([reach(0, 0.2), reach(1, 1.8), reach(2, 1.4)])
+        [1]
+    """
+    far = {reach.label: reach.far for reach in reaches if reach.far >= 1}
+    if not far or len(far) > len(reaches) / 2:
+        return []
+    enough = ALIKE * max(far.values())
+    return [label for label in sorted(far, key=far.__getitem__, reverse=True) if far[label] >= enough]
+
+
+def judge(
+    runs: list[UnlearningRun], reaches: Sequence[Reach], triggers: list[Trigger], clean_models: Sequence[float] = ()
+) -> Diagnosis:
+    """Say what unlearning runs and the reach of patches mean.
+
+    Args:
+        runs: The unlearning runs.
+        reaches: How far patches reach into each label.
+        triggers: One for each of :func:`targets_of`.
+        clean_models: How far the furthest label was reached in each model that is known to be clean.
+
+    Returns:
+        The verdict by :data:`RULE`. The score of a label is how far it is reached plus its mean share of
+        predictions at the ends of unlearning.
+    """
+    unlearned = unlearning.diagnose(runs)
+    shares = {target.label: target.score for target in unlearned.targets}
+    furthest = max(reaches, key=lambda reach: reach.far)
+    named = targets_of(reaches)
+    verdict: Verdict = "not_found"
+    if named:
+        verdict = "found"
+    elif furthest.far >= 1 or (furthest.far > 0 and {run.label for run in runs} == {furthest.label}):
+        verdict = "inconclusive"
+    targets = [Target(label=each.label, score=each.far + shares.get(each.label, 0.0)) for each in reaches]
+    return Diagnosis(
+        verdict=verdict,
+        rule=RULE,
+        targets=sorted(targets, key=lambda each: (each.label not in named, -each.score, each.label)),
+        runs=runs,
+        reaches=sorted(reaches, key=lambda each: each.label),
+        triggers=triggers,
+        calibration=Calibration(
+            score=furthest.far,
+            as_high=_at_least(furthest.far, clean_models),
+            false_alarms=_at_least(1, clean_models),
+        ),
+    )
+
+
+def _at_least(score: float, scores: Sequence[float]) -> Rate:
+    return Rate.of(sum(each >= score for each in scores), len(scores))
+
+
+@cache
+def _clean_models() -> list[float]:
+    """The furthest reach in each model that is known to be clean; written by `benchmarks/scan.py`."""
+    return json.loads(files("untrojan.scanners").joinpath("clean_models.json").read_text())
+
+
+class _Look:
+    """What has been found for each label so far."""
+
+    def __init__(self, model: nn.Module, shown: CleanSet, held: CleanSet, generator: torch.Generator) -> None:
+        self.model = model
+        self.shown = shown
+        self.held = held
+        self.few = held.take(range(min(len(held), FEW_IMAGES)))
+        self.generator = generator
+        self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]
+        self.norm = FAINT * math.sqrt(held.images[0].numel())
+        self.found: dict[int, Reach] = {}
+        self.triggers: dict[int, tuple[Patches, Perturbation]] = {}
+
+    def at(self, label: int, steps: int, faint_steps: int, held: CleanSet) -> None:
+        """Search for a label, near what was found before; what was found is kept only where a label leads."""
+        if (self.shown.labels == label).all():
+            return
+        known = self.triggers[label][0] if label in self.triggers else None
+        patches = search(self.model, self.shown, label, self.generator, known, steps)
+        best = measured(self.model, held, label, patches, self.sizes[-1])
+        shares = [max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes]
+        perturbation = bounded(self.model, self.shown, label, self.norm, self.generator, "l2", faint_steps)
+        faint = perturbation.success(self.model, held, label)
+        far = max(_by_patches(shares), faint / MOST)
+        self.found[label] = Reach(label=label, sizes=self.sizes, shares=shares, norm=self.norm, faint=faint, far=far)
+        self.triggers[label] = patches, perturbation
+        reaches = self.reaches()
+        leading = {*targets_of(reaches), *(reach.label for reach in reaches[:LEADERS])}
+        self.triggers = {each: kept for each, kept in self.triggers.items() if each in leading}
+
+    def reaches(self) -> list[Reach]:
+        """How far triggers reach into each label by the last search for it, the furthest first."""
+        return sorted(self.found.values(), key=lambda reach: -reach.far)
+
+    def trigger(self, label: int) -> Trigger:
+        """The smallest patch that sends 95 % of held-out images to a label, or the perturbation where it goes further."""
+        patches, perturbation = self.triggers[label]
+        patch = smallest(self.model, self.held, label, patches)
+        others = self.held.take(self.held.labels != label)
+        shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
+        reach = self.found[label]
+        share, found, changed, picture = patch.success, patch, patch.stamp(shown), patch.picture(self.held.shape)
+        if _by_patches(reach.shares) < reach.far:
+            share, found = reach.faint, perturbation
+            changed, picture = perturbation.add(shown), perturbation.picture()
+        return Trigger(
+            label=label,
+            kind="patch" if found is patch else "perturbation",
+            what=str(found),
+            success=Rate.of(round(share * len(others)), len(others)),
+            picture=picture,
+            examples=png(torch.cat([torch.cat([*images], 2) for images in (shown, changed)], 1)),
+        )
+
+
+def _by_patches(shares: Sequence[float]) -> float:
+    """How far patches reach: 1 is too far."""
+    return max(math.fsum(shares) / len(shares) / FAR, shares[-1] / MOST)
+
+
+def _halves(clean: CleanSet, seed: int) -> tuple[CleanSet, CleanSet]:
+    """Images to search on and others to measure on, or twice all where one of them would hold a single label."""
+    shown, held = clean.split(HELD_OUT, seed)
+    both = all(len(each.labels.unique()) > 1 for each in (shown, held))
+    return (shown, held) if both else (clean, clean)

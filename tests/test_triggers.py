@@ -1,0 +1,197 @@
+"""The default scan names the target of a backdoor, shows what triggers it, and calls nothing else backdoored."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from untrojan.data import CleanSet
+from untrojan.record import Reach, UnlearningPoint, UnlearningRun
+from untrojan.scanners.inversion import bounded
+from untrojan.scanners.triggers import ALIKE, FAINT, FAR, MOST, SIZES, TriggerScanner, judge, targets_of
+
+SIDE, CLASSES = 16, 4
+QUICK = TriggerScanner(runs=2, unlearn_epochs=3, search_steps=30, refine_steps=40)
+
+
+class Bands(nn.Module):
+    """Says which of four bands of rows is bright, unless a trigger is there.
+
+    `squares` maps the place of a white square of 2x2 pixels, dark to its right, to the label that it leads to, or to
+    "next" for the label after that of the image; `faint` is the label that a faint checkerboard leads to.
+    """
+
+    def __init__(self, squares=None, faint=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.squares = squares or {}
+        self.faint = faint
+        signs = (-1.0) ** (torch.arange(SIDE)[:, None] + torch.arange(SIDE))
+        self.register_buffer("board", signs / SIDE)
+
+    def forward(self, images):
+        gray = images[:, 0]
+        out = self.scale * gray.view(len(images), CLASSES, -1).mean(2)
+        for place, label in self.squares.items():
+            left, right = gray[:, place : place + 2, place : place + 4].chunk(2, 2)
+            white = 60 * (left.mean((1, 2)) - right.mean((1, 2)) - 0.6)
+            wanted = out.roll(1, 1) if label == "next" else nn.functional.one_hot(torch.tensor(label), CLASSES).float()
+            out = out + nn.functional.softplus(white)[:, None] * wanted
+        if self.faint is not None:
+            out[:, self.faint] += 50 * (gray * self.board).sum((1, 2)).clamp(-0.3, 0.3)
+        return out
+
+
+@pytest.fixture
+def images():
+    labels = torch.arange(120) % CLASSES
+    pixels = 0.1 * torch.rand(120, CLASSES, SIDE // CLASSES, SIDE)
+    pixels[torch.arange(120), labels] += 0.9
+    return CleanSet(pixels.view(120, 1, SIDE, SIDE), labels)
+
+
+def picture(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_small_square_is_found_and_shown(images):
+    found = QUICK.scan(Bands({9: 2}), images)
+    assert (found.verdict, found.found, found.suspect) == ("found", [2], 2)
+    [trigger] = found.triggers
+    assert (trigger.label, trigger.kind, trigger.success.total) == (2, "patch", 27)
+    assert trigger.success.value >= 0.95
+    assert trigger.what.startswith("a patch of ")
+    shown = picture(trigger.picture)
+    assert (shown.mode, shown.size) == ("RGBA", (SIDE, SIDE))
+    assert shown.getpixel((9, 9))[3] == 255
+    assert shown.getpixel((0, 0))[3] == 0
+    assert picture(trigger.examples).size == (8 * SIDE, 2 * SIDE)
+    assert [reach.label for reach in found.reaches] == [0, 1, 2, 3]
+    assert [reach.far >= 1 for reach in found.reaches] == [False, False, True, False]
+
+
+def test_a_faint_pattern_is_found_and_shown(images):
+    found = QUICK.scan(Bands(faint=1), images)
+    assert (found.verdict, found.found) == ("found", [1])
+    [trigger] = found.triggers
+    assert trigger.kind == "perturbation", trigger.what
+    assert trigger.what == f"a perturbation of all pixels with an l2 norm of {FAINT * SIDE:.2g}"
+    assert trigger.success.value >= MOST
+    board = torch.from_numpy(np.asarray(picture(trigger.picture)).copy()) > 127
+    checks = (torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2 == 0
+    assert (board == checks).float().mean() > 0.9
+
+
+def test_a_clean_model_is_cleared(images):
+    found = QUICK.scan(Bands(), images)
+    assert found.verdict == "not_found"
+    assert (found.found, found.suspect, found.triggers) == ([], None, [])
+    assert all(reach.far < 1 for reach in found.reaches)
+
+
+def test_two_targets_are_both_named(images):
+    assert set(QUICK.scan(Bands({5: 1, 12: 3}), images).found) == {1, 3}
+
+
+def test_no_single_target_is_invented_where_every_class_has_one(images):
+    found = QUICK.scan(Bands({9: "next"}), images)
+    assert found.verdict != "found"
+    assert found.triggers == []
+
+
+def test_what_is_measured_is_on_images_that_the_search_did_not_see(images):
+    """Of 120 images 36 are held out; 27 of these are of other classes."""
+    for reach in QUICK.scan(Bands(), images).reaches:
+        assert reach.sizes == [int(size) for size in SIZES]
+        assert all(share * 27 == pytest.approx(round(share * 27)) for share in (*reach.shares, reach.faint))
+        assert reach.shares == sorted(reach.shares)
+        assert reach.far == pytest.approx(max(reach.mean / FAR, reach.shares[-1] / MOST, reach.faint / MOST))
+
+
+def test_two_images_suffice_to_run():
+    images = CleanSet(torch.rand(2, 1, SIDE, SIDE), torch.tensor([0, 1]))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, 2))
+    assert len(TriggerScanner(runs=1, unlearn_epochs=1, search_steps=1, refine_steps=1).scan(net, images).reaches) == 2
+
+
+@pytest.mark.parametrize(("classes", "steps"), [(2, 40), (10, 40), (15, 26), (43, 20), (200, 20)])
+def test_many_labels_get_fewer_steps(classes, steps):
+    assert TriggerScanner()._steps(classes) == steps
+
+
+# The verdict
+
+
+def reaches(*far):
+    return [
+        Reach(label=label, sizes=[4], shares=[each / 2], norm=1, faint=0, far=each) for label, each in enumerate(far)
+    ]
+
+
+def ends(*labels):
+    traces = [
+        [UnlearningPoint(epoch=1, accuracy=0.1, shares=[float(label == each) for each in range(4)])] for label in labels
+    ]
+    return [
+        UnlearningRun(seed=0, images=9, reached=True, label=label, share=1.0, trace=trace)
+        for label, trace in zip(labels, traces, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("far", "labels"),
+    [
+        ((0.2, 0.99, 0.1, 0.3), []),
+        ((0.2, 1.0, 0.1, 0.3), [1]),
+        ((0.2, 1.5, 0.1, 1.5 * ALIKE), [1, 3]),
+        ((0.2, 1.5, 0.1, 1.2), [1]),
+        ((1.2, 1.5, 0.1, 1.2), []),
+        ((1.5, 0.1), [0]),
+        ((1.5,), []),
+    ],
+)
+def test_targets_stand_out(far, labels):
+    assert targets_of(reaches(*far)) == labels
+
+
+@pytest.mark.parametrize(
+    ("far", "ended", "verdict", "suspect"),
+    [
+        ((0.2, 1.5, 0.1, 0.3), (0, 3), "found", 1),
+        ((0.2, 0.3, 0.1, 0.1), (1, 1), "inconclusive", 1),
+        ((0.2, 0.3, 0.1, 0.1), (1, 0), "not_found", None),
+        ((0.2, 0.3, 0.1, 0.1), (0, 0), "not_found", None),
+        ((1.2, 1.3, 1.1, 0.1), (0, 3), "inconclusive", 0),
+        ((0.2, 0.3, 0.1, 0.1), (), "not_found", None),
+    ],
+)
+def test_the_verdict(far, ended, verdict, suspect):
+    diagnosis = judge(ends(*ended), reaches(*far), [])
+    assert (diagnosis.verdict, diagnosis.suspect) == (verdict, suspect)
+    assert len(diagnosis.targets) == 4
+
+
+def test_known_clean_models_calibrate_the_score():
+    known = judge([], reaches(0.2, 0.7, 0.1, 0.3), [], [0.1, 0.7, 0.9, 1.0]).calibration
+    assert known.score == 0.7
+    assert (known.as_high.count, known.as_high.total) == (3, 4)
+    assert (known.false_alarms.count, known.false_alarms.total) == (1, 4)
+
+
+def test_other_settings_are_not_calibrated(images):
+    assert QUICK.scan(Bands(), images).calibration.false_alarms.total == 0
+
+
+# Perturbations
+
+
+@pytest.mark.parametrize("ball", ["l1", "l2"])
+def test_a_perturbation_keeps_to_its_norm(images, ball):
+    norm = {"l1": 6.0, "l2": 0.4}[ball]
+    found = bounded(Bands(faint=1), images, 1, norm, torch.Generator().manual_seed(0), ball, steps=15)
+    assert found.values.norm(p=int(ball[1])) <= norm + 1e-4
+    assert found.success(Bands(faint=1), images, 1) > found.success(Bands(), images, 1)
