@@ -622,7 +622,7 @@ def test_class_names_cannot_steer_the_terminal(command, talk, stub, tmp_path):
     images = image_folder(tmp_path / "images", [1] * 10)
     (images / "class-1").rename(images / "class-1\x1b[2J")
     _, out, _ = talk(command("--method", "stub", "--end", "repaired", clean=images))
-    assert "suspected target label 1 (class-1\\x1b[2J)" in out
+    assert "label 1 (class-1\\x1b[2J)" in out
     (images / "class-3" / "0.png").write_bytes(b"no image")
     (images / "class-3").rename(images / "class-3\x1b[2J")
     code, _, err = talk(command("--method", "stub", "--end", "repaired", "--force", clean=images))

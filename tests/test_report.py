@@ -16,6 +16,7 @@ from sarif_schema import SCHEMA
 
 from untrojan.record import (
     Accuracy,
+    Calibration,
     Check,
     CleanInfo,
     CurvePoint,
@@ -25,10 +26,12 @@ from untrojan.record import (
     ModelInfo,
     Patch,
     Rate,
+    Reach,
     Record,
     ScanRecord,
     Selection,
     Target,
+    Trigger,
     UnlearningPoint,
     UnlearningRun,
     Verdict,
@@ -239,6 +242,34 @@ def patches(sizes: list[float], small: tuple[int, ...] = (), missed: tuple[int, 
     )
 
 
+def reaching(*far: float, known: int = 0, kind: str = "patch") -> Diagnosis:
+    """As the triggers scanner writes it."""
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 200)).save(file, "PNG")
+    picture = base64.b64encode(file.getvalue()).decode()
+    top = max(range(len(far)), key=far.__getitem__)
+    found = far[top] >= 1
+    trigger = Trigger(
+        label=top, kind=kind, what=f"a {kind} of some kind", success=Rate.of(97, 100), picture=picture, examples=picture
+    )
+    return Diagnosis(
+        verdict="found" if found else "not_found",
+        rule="found: triggers reach too far into a label",
+        targets=[
+            Target(label=label, score=far[label]) for label in sorted(range(len(far)), key=lambda each: -far[each])
+        ],
+        runs=make(classes=len(far)).diagnosis.runs,
+        reaches=[
+            Reach(label=label, sizes=[4, 16], shares=[each / 4, each / 2], norm=1.0, faint=each / 8, far=each)
+            for label, each in enumerate(far)
+        ],
+        triggers=[trigger] if found else [],
+        calibration=Calibration(score=far[top], as_high=Rate.of(0, known), false_alarms=Rate.of(0, known)),
+    )
+
+
+REACHED = reaching(0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.2, 0.1, 1.75, 0.1, known=20)
+
 FOUND = patches([41, 43.5, 39, 38, 42, 40, 44, 37, 3.25, 40], small=(8,))
 CLEARED = patches([41, 43.5, 39, 38, 42, 40, 44, 37, 35, 40])
 
@@ -254,8 +285,10 @@ def scanned(evidence: Diagnosis | None = None, **changes: object) -> ScanRecord:
 def hostile_scan() -> ScanRecord:
     record = hostile()
     bad = [patch.model_copy(update={"picture": HOSTILE}) for patch in FOUND.patches]
+    worse = dict.fromkeys(("what", "picture", "examples"), HOSTILE)
+    triggers = [REACHED.triggers[0].model_copy(update=worse)]
     return scanned(
-        FOUND.model_copy(update={"patches": bad, "rule": HOSTILE}),
+        REACHED.model_copy(update={"patches": bad, "triggers": triggers, "rule": HOSTILE}),
         model=record.model,
         clean=record.clean,
         method=record.method,
@@ -273,7 +306,11 @@ VARIANTS = {
     "deep": deep,
     "hostile": hostile,
     "patches": lambda: make(diagnosis=FOUND),
+    "reached": lambda: make(diagnosis=REACHED),
     "scan": scanned,
+    "scan_reached": lambda: scanned(REACHED),
+    "scan_faint": lambda: scanned(reaching(*[0.1] * 42, 1.2, kind="perturbation")),
+    "scan_unreached": lambda: scanned(reaching(0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.2, 0.1, 0.75, 0.1, known=20)),
     "scan_cleared": lambda: scanned(CLEARED),
     "scan_patches": lambda: scanned(FOUND),
     "scan_missed": lambda: scanned(patches([41, 43], missed=(0, 1))),
@@ -285,7 +322,11 @@ CHARTS = {
     "scan_cleared": {"patches"},
     "scan_patches": {"patches"},
     "scan_missed": set(),
-    "scan_hostile": {"patches"},
+    "reached": {"reaches", "shares", "forgetting", "surviving", "pruning", "masks"},
+    "scan_reached": {"reaches", "shares", "forgetting", "surviving"},
+    "scan_faint": {"reaches", "shares", "forgetting", "surviving"},
+    "scan_unreached": {"reaches", "shares", "forgetting", "surviving"},
+    "scan_hostile": {"reaches", "patches", "forgetting", "surviving"},
     "repaired": {"shares", "forgetting", "surviving", "pruning", "masks"},
     "nothing_to_repair": {"shares", "forgetting", "surviving"},
     "failed": {"shares", "forgetting", "surviving", "pruning", "masks"},
@@ -496,6 +537,13 @@ def test_charts_survive_a_record_without_numbers():
         ),
         (Diagnosis(verdict="inconclusive", rule="r", targets=[], runs=[]), "There is no evidence in the record."),
         (
+            REACHED,
+            "Small triggers reach furthest into label 8 (ship): patches of at most 16 pixels send 65.6% of the other "
+            "images there, on average over their sizes, and a faint perturbation 21.9%. That is 1.75 times "
+            "what is too far; the next label has 0.30. A patch of some kind sends 97.0% of the images that it was "
+            "tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
+        ),
+        (
             FOUND,
             "The patch that sends images to label 8 (ship) replaces 3.2 pixels; that is 3.7 robust standard deviations "
             "below the median of the labels.",
@@ -516,7 +564,7 @@ def test_charts_survive_a_record_without_numbers():
     ],
 )
 def test_evidence_in_one_sentence(diagnosis, sentence):
-    assert evidence(scanned(diagnosis)) == sentence
+    assert evidence(scanned(diagnosis)).startswith(sentence)
     assert sentence in Page(render(scanned(diagnosis))).text()
     assert sentence in Page(render(make(diagnosis=diagnosis))).text()
 
@@ -524,8 +572,28 @@ def test_evidence_in_one_sentence(diagnosis, sentence):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_has_not_been_measured_is_said(pages, name):
     text = Page(pages[name]).text()
-    assert "No false-alarm rate." in text
-    assert ("How often this scan raises a false alarm has not been measured yet." in text) == name.startswith("scan")
+    unknown = "How often this scan raises a false alarm has not been measured for these settings."
+    known = name in {"reached", "scan_reached", "scan_unreached", "scan_hostile"}
+    assert text.count("False alarms.") == 1
+    assert text.count(unknown) == (0 if known else 2 if name.startswith("scan") else 1)
+
+
+def test_known_clean_models_say_what_a_score_means(pages):
+    measured = "the scan called 0 of 20 models without a backdoor backdoored (95% interval 0.0% to 16.1%); triggers "
+    for name in ("reached", "scan_reached", "scan_unreached"):
+        assert f"{measured}reached as far as here in none of them." in Page(pages[name]).text()
+
+
+def test_a_recovered_trigger_is_shown(pages):
+    page = Page(pages["scan_reached"])
+    assert [dict(each)["alt"] for tag, each in page.elements if tag == "img"] == [
+        "recovered trigger",
+        "images without and with the trigger",
+    ]
+    assert "The trigger recovered for label 8 (ship)" in page.text()
+    assert "A patch of some kind. It sends 97.0% of 100 images that the search did not see" in page.text()
+    assert "amplified" in Page(pages["scan_faint"]).text()
+    assert not [tag for tag, _ in Page(pages["scan_unreached"]).elements if tag == "img"]
 
 
 def test_a_scan_says_nothing_about_a_repair(pages):

@@ -21,6 +21,7 @@ from untrojan.defenses.defense import CHANGES, REPAIRED, Defense
 from untrojan.errors import ConfigError
 from untrojan.record import RECORD, REPORT, Rate, Record
 from untrojan.registry import discover
+from untrojan.report import finding
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))
@@ -57,13 +58,7 @@ def repair(
 
 
 def _summary(record: Record, out: Path) -> str:
-    lines = [f"{record.status.replace('_', ' ')}: {record.reason}"]
-    if record.diagnosis.targets:
-        target = record.diagnosis.targets[0]
-        lines.append(
-            f"backdoor: {record.diagnosis.verdict.replace('_', ' ')}; suspected target label "
-            f"{record.label(target.label)} holds {target.score:.0%} of the predictions after unlearning"
-        )
+    lines = [finding(record), f"{record.status.replace('_', ' ')}: {record.reason}"]
     kind = "held-out" if record.before.held_out else "these"
     lines.append(
         f"accuracy on {kind} clean images: {_percent(record.before.accuracy)} before, "

@@ -119,10 +119,16 @@ def _evidence_of_reaches(record: RunRecord) -> str:
     first, *others = sorted(record.diagnosis.reaches, key=lambda reach: -reach.far)
     text = (
         f"Small triggers reach furthest into label {record.label(first.label)}: patches of at most {first.sizes[-1]} "
-        f"pixels send {_percent(first.mean)} of the other classes' images there, on average over their sizes, and a "
+        f"pixels send {_percent(first.mean)} of the other images there, on average over their sizes, and a "
         f"faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
     )
-    return f"{text}; the next label has {others[0].far:.2f}." if others else f"{text}."
+    text += f"; the next label has {others[0].far:.2f}." if others else "."
+    shown = [
+        f" {each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to label "
+        f"{record.label(each.label)}."
+        for each in record.diagnosis.triggers
+    ]
+    return text + "".join(shown)
 
 
 def _evidence_of_unlearning(record: RunRecord) -> str:

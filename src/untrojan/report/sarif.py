@@ -44,11 +44,17 @@ def _run(record: ScanRecord) -> dict[str, Any]:
         "results": _results(record),
         "properties": {
             "verdict": record.diagnosis.verdict,
+            **_calibration(record),
             "method": record.method.model_dump(mode="json"),
             "seed": record.seed,
             "stateSha256": record.model.state_sha256,
         },
     }
+
+
+def _calibration(record: ScanRecord) -> dict[str, Any]:
+    calibration = record.diagnosis.calibration
+    return {"calibration": calibration.model_dump(mode="json")} if calibration else {}
 
 
 def _rules() -> list[dict[str, Any]]:
@@ -94,6 +100,10 @@ def _results(record: ScanRecord) -> list[dict[str, Any]]:
             "properties": {
                 "rule": record.diagnosis.rule,
                 "scores": {record.label(target.label): target.score for target in record.diagnosis.targets},
+                "triggers": [
+                    {"label": record.label(each.label), "trigger": each.what, "success": each.success.value}
+                    for each in record.diagnosis.triggers
+                ],
             },
         }
     ]

@@ -204,7 +204,7 @@ class _Look:
         return sorted(self.found.values(), key=lambda reach: -reach.far)
 
     def trigger(self, label: int) -> Trigger:
-        """The smallest patch that sends 95 % of held-out images to a label, or the perturbation where it goes further."""
+        """The smallest patch that sends 95 % of held-out images there, or the perturbation where that goes further."""
         patches, perturbation = self.triggers[label]
         patch = smallest(self.model, self.held, label, patches)
         others = self.held.take(self.held.labels != label)
