@@ -2,10 +2,12 @@
 
 Every cell (model x number of clean images x seed) is one JSON under `benchmarks/records/scan`, made in a process of its
 own on one thread; cells that are there are not run again. Clean models calibrate the scan: with `--calibrate` how far
-triggers reached in each of them is written into the package.
+triggers reached in each of them is written into the package. With `--alone` two scans run one after the other on two
+threads, which tells the time that a scan takes on a quiet machine.
 
     python benchmarks/scan.py --jobs 2        # run what is missing, then write benchmarks/scan.md
     python benchmarks/scan.py --calibrate     # the same, and src/untrojan/scanners/clean_models.json
+    python benchmarks/scan.py --alone         # the scans that are timed, and nothing else
 """
 
 import argparse
@@ -35,6 +37,7 @@ CALIBRATION = Path("src/untrojan/scanners/clean_models.json")
 REPAIRED = "nad-cifar10-finetuned"
 IMAGES = 500
 FEW = 50
+ALONE = "cifar10-badnets", "gtsrb-badnets"
 
 
 class Cell(NamedTuple):
@@ -43,11 +46,13 @@ class Cell(NamedTuple):
     model: str
     images: int
     seed: int
+    threads: int = 1
 
     @property
     def path(self) -> Path:
         """Where its record is."""
-        return RECORDS / f"{self.model}-{self.images}-{self.seed}.json"
+        folder = RECORDS if self.threads == 1 else RECORDS / "alone"
+        return folder / f"{self.model}-{self.images}-{self.seed}.json"
 
     @property
     def target(self) -> int | None:
@@ -63,6 +68,11 @@ def cells() -> list[Cell]:
     took = [name for name, member in MEMBERS.items() if member.is_trained and (member.record()["asr"] or 1) >= 0.9]
     seeds = [Cell(case, images, seed) for seed in range(5) for images in (IMAGES, FEW) for case in CASES]
     return [*seeds[: len(CASES)], *(Cell(name, IMAGES, 0) for name in (REPAIRED, *took)), *seeds[len(CASES) :]]
+
+
+def alone() -> list[Cell]:
+    """Those that are timed."""
+    return [Cell(case, IMAGES, 0, threads=2) for case in ALONE]
 
 
 def inputs(cell: Cell) -> tuple[nn.Module, CleanSet]:
@@ -86,7 +96,7 @@ def run(cell: Cell) -> None:
     seconds = time.perf_counter() - start
     long = {"triggers": {"__all__": {"picture", "examples"}}, "runs": {"__all__": {"trace"}}}
     diagnosis = record.diagnosis.model_dump(exclude={**long, "calibration": True})
-    RECORDS.mkdir(parents=True, exist_ok=True)
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         **cell._asdict(),
         "target": cell.target,
@@ -102,9 +112,11 @@ def run(cell: Cell) -> None:
 
 
 def in_a_process(cell: Cell) -> None:
-    """Run a cell on one thread in a process of its own; a cell that fails is told and left out."""
+    """Run a cell in a process of its own; a cell that fails is told and left out."""
     command = [sys.executable, __file__, "--cell", *map(str, cell)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": str(cell.threads)}, capture_output=True, text=True
+    )
     print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
 
 
@@ -145,6 +157,12 @@ def page() -> Iterator[str]:
     yield f"|{'---|' * len(columns)}"
     for name, images in dict.fromkeys((result["model"], result["images"]) for result in bad):
         yield backdoored([result for result in bad if (result["model"], result["images"]) == (name, images)])
+    yield "\n## Time on two threads, with nothing beside it\n"
+    for cell in alone():
+        if cell.path.exists():
+            result = json.loads(cell.path.read_text())
+            stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["stages"].items())
+            yield f"* {cell.model}, {cell.images} images: {result['seconds']:.0f} s ({stages})"
 
 
 def backdoored(results: list[dict[str, Any]]) -> str:
@@ -175,13 +193,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of the names of the models to scan")
     parser.add_argument("--calibrate", action="store_true")
-    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "IMAGES", "SEED"), help="run one, in this process")
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--cell", nargs=4, metavar=("MODEL", "IMAGES", "SEED", "THREADS"), help="run one here")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if given.cell:
-        run(Cell(given.cell[0], int(given.cell[1]), int(given.cell[2])))
+        run(Cell(given.cell[0], *map(int, given.cell[1:])))
         return
-    missing = [cell for cell in cells() if not cell.path.exists() and cell.model.startswith(tuple(given.only))]
+    wanted = alone() if given.alone else [cell for cell in cells() if cell.model.startswith(tuple(given.only))]
+    missing = [cell for cell in wanted if not cell.path.exists()]
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(in_a_process, missing))
     write_atomic(Path("benchmarks/scan.md"), ("\n".join(page()) + "\n").encode())

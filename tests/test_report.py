@@ -538,10 +538,10 @@ def test_charts_survive_a_record_without_numbers():
         (Diagnosis(verdict="inconclusive", rule="r", targets=[], runs=[]), "There is no evidence in the record."),
         (
             REACHED,
-            "Small triggers reach furthest into label 8 (ship): patches of at most 16 pixels send 65.6% of the other "
-            "images there, on average over their sizes, and a faint perturbation 21.9%. That is 1.75 times "
-            "what is too far; the next label has 0.30. A patch of some kind sends 97.0% of the images that it was "
-            "tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
+            "Small triggers reach furthest into label 8 (ship): patches send 65.6% of the other images there on "
+            "average over sizes up to 16 pixels and 87.5% with the largest, a faint perturbation 21.9%. That is 1.75 "
+            "times what is too far; the next label has 0.30. A patch of some kind sends 97.0% of the images that it "
+            "was tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
         ),
         (
             FOUND,

@@ -69,7 +69,7 @@ def test_a_small_square_is_found_and_shown(images):
     assert (shown.mode, shown.size) == ("RGBA", (SIDE, SIDE))
     assert shown.getpixel((9, 9))[3] == 255
     assert shown.getpixel((0, 0))[3] == 0
-    assert picture(trigger.examples).size == (8 * SIDE, 2 * SIDE)
+    assert picture(trigger.examples).size == (8 * (SIDE + 1), 2 * (SIDE + 1))
     assert [reach.label for reach in found.reaches] == [0, 1, 2, 3]
     assert [reach.far >= 1 for reach in found.reaches] == [False, False, True, False]
 

@@ -102,8 +102,8 @@ class CleanInfo(_Part):
 class Target(_Part):
     """A suspected target label and its score: the higher, the more suspicious.
 
-    Where the evidence is unlearning runs, the score is the label's mean share of predictions at their ends, to which how
-    far triggers reach is added where that is known. Where it is masks, it is how many robust standard deviations the size
+    Where the evidence is unlearning runs, the score is the label's mean share of predictions at their ends, and how far
+    triggers reach is added where that is known. Where it is masks, it is how many robust standard deviations the size
     of the label's mask lies below the median.
     """
 

@@ -118,9 +118,9 @@ def evidence(record: RunRecord) -> str:
 def _evidence_of_reaches(record: RunRecord) -> str:
     first, *others = sorted(record.diagnosis.reaches, key=lambda reach: -reach.far)
     text = (
-        f"Small triggers reach furthest into label {record.label(first.label)}: patches of at most {first.sizes[-1]} "
-        f"pixels send {_percent(first.mean)} of the other images there, on average over their sizes, and a "
-        f"faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
+        f"Small triggers reach furthest into label {record.label(first.label)}: patches send {_percent(first.mean)} of "
+        f"the other images there on average over sizes up to {first.sizes[-1]} pixels and {_percent(first.shares[-1])} "
+        f"with the largest, a faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
     )
     text += f"; the next label has {others[0].far:.2f}." if others else "."
     shown = [

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.model import logits
@@ -196,7 +197,7 @@ class _Look:
         self.found[label] = Reach(label=label, sizes=self.sizes, shares=shares, norm=self.norm, faint=faint, far=far)
         self.triggers[label] = patches, perturbation
         reaches = self.reaches()
-        leading = {*targets_of(reaches), *(reach.label for reach in reaches[:LEADERS])}
+        leading = {reach.label for number, reach in enumerate(reaches) if number < LEADERS or reach.far >= 1}
         self.triggers = {each: kept for each, kept in self.triggers.items() if each in leading}
 
     def reaches(self) -> list[Reach]:
@@ -220,8 +221,13 @@ class _Look:
             what=str(found),
             success=Rate.of(round(share * len(others)), len(others)),
             picture=picture,
-            examples=png(torch.cat([torch.cat([*images], 2) for images in (shown, changed)], 1)),
+            examples=png(_tiled(shown, changed)),
         )
+
+
+def _tiled(*rows: Tensor) -> Tensor:
+    """Rows of images `(n, C, H, W)` as one, with a white line after each."""
+    return torch.cat([torch.cat([*functional.pad(images, (0, 1, 0, 1), value=1.0)], 2) for images in rows], 1)
 
 
 def _by_patches(shares: Sequence[float]) -> float:
