@@ -114,9 +114,8 @@ def run(cell: Cell) -> None:
 def in_a_process(cell: Cell) -> None:
     """Run a cell in a process of its own; a cell that fails is told and left out."""
     command = [sys.executable, __file__, "--cell", *map(str, cell)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": str(cell.threads)}, capture_output=True, text=True
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(cell.threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
 
 

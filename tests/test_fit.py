@@ -59,6 +59,15 @@ def test_the_loop_written_out(milestones):
     assert (done.stopped, done.diverged_at) == (False, None)
 
 
+def test_a_schedule_can_be_stepped_by_update():
+    """Three updates an epoch: a learning rate of 0 from the third on leaves what two updates made."""
+    schedule = partial(MultiStepLR, milestones=[2], gamma=0.0)
+    weight, _ = run(schedule=schedule, schedule_steps=True, optimizer=partial(torch.optim.SGD, lr=0.1))
+    two, _ = run(data=problem()[:2], epochs=1, optimizer=partial(torch.optim.SGD, lr=0.1))
+    assert len(problem()) == 3
+    assert torch.equal(weight, two)
+
+
 def test_measures_weigh_batches_by_their_images():
     images, labels = problem(1)[0]
     _, whole = run(lr=1e-12, epochs=1, data=[(images, labels)])

@@ -241,3 +241,10 @@ def test_published_model_has_its_published_accuracy(checkpoint, net, expected):
     file = "gtsrb/test.parquet" if "gtsrb" in checkpoint else "cifar10/test-lossless.parquet"
     measured = accuracy(load(SHARED / "checkpoints" / checkpoint, net), file, rows=3000)
     assert measured == pytest.approx(expected, abs=0.001)
+
+
+def test_a_narrow_resnet18_has_the_same_keys():
+    wide, narrow = build("resnet18").state_dict(), build("resnet18:classes=43,width=16").state_dict()
+    assert list(narrow) == list(wide)
+    assert narrow["conv1.weight"].shape == (16, 3, 3, 3)
+    assert narrow["linear.weight"].shape == (43, 128)

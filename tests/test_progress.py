@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from untrojan.progress import Bars, Lines, reporting, stage, timing
+from untrojan.progress import Bars, Lines, reporting, stage, timing, whole
 
 
 @pytest.fixture
@@ -46,6 +46,19 @@ def test_nested_stages_count_in_both(clock):
         clock.tick(1)
         advance()
     assert seconds == {"inner": 2, "outer": 3}
+
+
+def test_a_whole_hides_what_is_inside(clock, capsys):
+    with reporting(Lines(every=0, quick=0)), timing() as seconds, whole("outer", total=2) as advance:
+        work(clock, "inner", 2)
+        advance()
+        with timing() as within:
+            work(clock, "inner", 3)
+    assert within == {"inner": 3}
+    assert seconds == {"outer": 5}
+    told = capsys.readouterr().err
+    assert "outer" in told
+    assert "inner" not in told
 
 
 def test_nested_timing_counts_in_both(clock):

@@ -228,6 +228,22 @@ class TestTrain:
         assert evaluate(trained, images).acc.value == 1
         assert not any(module.training for module in trained.modules())
 
+    def test_augmented_and_smoothed_training_learns_too(self):
+        images = two_kinds()
+        seen = []
+
+        def augment(batch, generator):
+            seen.append(len(batch))
+            return batch
+
+        trained = train(linear(), images, 20, seed=0, batch_size=8, smoothing=0.2, augment=augment, bf16=True)
+        assert evaluate(trained, images).acc.value == 1
+        assert sum(seen) == 20 * len(images)
+        assert all(parameter.dtype == torch.float32 for parameter in trained.parameters())
+        plain = train(linear(), images, 20, seed=0, batch_size=8)
+        sure = [net(images.floats()).softmax(1).max(1).values.mean() for net in (trained, plain)]
+        assert sure[0] < sure[1], "smoothing keeps it from being sure"
+
     def test_the_net_given_and_the_random_state_are_left_alone(self):
         net = linear().eval()
         net[1].bias.requires_grad_(False)
