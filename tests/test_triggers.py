@@ -10,9 +10,10 @@ from PIL import Image
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.record import Reach, UnlearningPoint, UnlearningRun
+from untrojan.record import Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
 from untrojan.scanners.inversion import bounded
 from untrojan.scanners.triggers import ALIKE, FAINT, FAR, MOST, SIZES, TriggerScanner, judge, targets_of
+from untrojan.scanners.unlearning import diagnose
 
 SIDE, CLASSES = 16, 4
 QUICK = TriggerScanner(runs=2, unlearn_epochs=3, search_steps=30, refine_steps=40)
@@ -125,6 +126,8 @@ def test_many_labels_get_fewer_steps(classes, steps):
 
 # The verdict
 
+TRIGGER = Trigger(label=1, kind="patch", what="a patch", success=Rate.of(9, 9), picture="", examples="")
+
 
 def reaches(*far):
     return [
@@ -155,7 +158,13 @@ def ends(*labels):
     ],
 )
 def test_targets_stand_out(far, labels):
-    assert targets_of(reaches(*far)) == labels
+    assert targets_of(reaches(*far), {}) == labels
+
+
+def test_a_label_that_does_not_survive_unlearning_is_no_second_target():
+    """Triggers that were optimized on the model itself open other labels too, almost as far."""
+    assert targets_of(reaches(0.1, 2.0, 0.2, 1.9), {1: 0.8, 0: 0.1}) == [1]
+    assert targets_of(reaches(0.1, 2.0, 0.2, 1.9), {1: 0.5, 3: 0.4}) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +179,14 @@ def test_targets_stand_out(far, labels):
     ],
 )
 def test_the_verdict(far, ended, verdict, suspect):
-    diagnosis = judge(ends(*ended), reaches(*far), [])
+    triggers = [] if verdict != "found" else [TRIGGER]
+    diagnosis = judge(diagnose(ends(*ended)), reaches(*far), triggers)
     assert (diagnosis.verdict, diagnosis.suspect) == (verdict, suspect)
     assert len(diagnosis.targets) == 4
 
 
 def test_known_clean_models_calibrate_the_score():
-    known = judge([], reaches(0.2, 0.7, 0.1, 0.3), [], [0.1, 0.7, 0.9, 1.0]).calibration
+    known = judge(diagnose([]), reaches(0.2, 0.7, 0.1, 0.3), [], [0.1, 0.7, 0.9, 1.0]).calibration
     assert known.score == 0.7
     assert (known.as_high.count, known.as_high.total) == (3, 4)
     assert (known.false_alarms.count, known.false_alarms.total) == (1, 4)

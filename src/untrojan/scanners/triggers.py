@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import ClassVar
@@ -17,7 +17,7 @@ from untrojan.data import CleanSet
 from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.progress import whole
-from untrojan.record import Calibration, Diagnosis, Rate, Reach, Target, Trigger, UnlearningRun, Verdict
+from untrojan.record import Calibration, Diagnosis, Rate, Reach, Target, Trigger, Verdict
 from untrojan.scanners import unlearning
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import Patches, least_area, measured, search, smallest
@@ -96,59 +96,68 @@ class TriggerScanner(Unlearning, Scanner):
                 look.at(reach.label, self.refine_steps, FAINT_STEPS[1], look.held)
                 advance()
         reaches = look.reaches()
-        triggers = [look.trigger(label) for label in targets_of(reaches)]
-        return judge(runs, reaches, triggers, _clean_models() if self == TriggerScanner() else ())
+        unlearned = unlearning.diagnose(runs)
+        named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
+        triggers = [look.trigger(label) for label in named]
+        return judge(unlearned, reaches, triggers, _clean_models() if self == TriggerScanner() else ())
 
     def _steps(self, classes: int) -> int:
         return max(math.ceil(self.search_steps / 2), min(self.search_steps, self.search_steps * FEW_LABELS // classes))
 
 
-def targets_of(reaches: Sequence[Reach]) -> list[int]:
-    """The labels that small triggers reach too far into, and about as far as any: none where half of all are like that.
+def targets_of(reaches: Sequence[Reach], shares: Mapping[int, float]) -> list[int]:
+    """The labels that small triggers reach too far into and that are about as suspicious as any, the most so first.
+
+    A label of a backdoored model that is no target can be reached too far as well, but then it does not survive
+    unlearning as the target does, so both count. Where triggers reach too far into more than half of all labels, the
+    network is fragile, and none is named.
+
+    Args:
+        reaches: How far triggers reach into each label.
+        shares: What share of predictions each label has after unlearning; 0 where it is left out.
 
     Example:
         >>> def reach(label, far):
         ...     return Reach(label=label, sizes=[4], shares=[far / 2], norm=1, faint=0, far=far)
-        >>> targets_of([reach(0, 0.2), reach(1, 1.8), reach(2, 1.4)])
+        >>> targets_of([reach(0, 0.2), reach(1, 1.8), reach(2, 1.7), reach(3, 0.1)], {1: 0.9})
         [1]
     """
-    far = {reach.label: reach.far for reach in reaches if reach.far >= 1}
-    if not far or len(far) > len(reaches) / 2:
+    scores = {reach.label: reach.far + shares.get(reach.label, 0.0) for reach in reaches if reach.far >= 1}
+    if not scores or len(scores) > len(reaches) / 2:
         return []
-    enough = ALIKE * max(far.values())
-    return [label for label in sorted(far, key=far.__getitem__, reverse=True) if far[label] >= enough]
+    enough = ALIKE * max(scores.values())
+    return [label for label in sorted(scores, key=scores.__getitem__, reverse=True) if scores[label] >= enough]
 
 
 def judge(
-    runs: list[UnlearningRun], reaches: Sequence[Reach], triggers: list[Trigger], clean_models: Sequence[float] = ()
+    unlearned: Diagnosis, reaches: Sequence[Reach], triggers: list[Trigger], clean_models: Sequence[float] = ()
 ) -> Diagnosis:
-    """Say what unlearning runs and the reach of patches mean.
+    """Say what unlearning runs and the reach of triggers mean.
 
     Args:
-        runs: The unlearning runs.
-        reaches: How far patches reach into each label.
+        unlearned: What the unlearning runs say by themselves.
+        reaches: How far triggers reach into each label.
         triggers: One for each of :func:`targets_of`.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 
     Returns:
-        The verdict by :data:`RULE`. The score of a label is how far it is reached plus its mean share of
-        predictions at the ends of unlearning.
+        The verdict by :data:`RULE`. The score of a label is how far it is reached plus its mean share of predictions at
+        the ends of unlearning.
     """
-    unlearned = unlearning.diagnose(runs)
     shares = {target.label: target.score for target in unlearned.targets}
     furthest = max(reaches, key=lambda reach: reach.far)
-    named = targets_of(reaches)
+    named = [trigger.label for trigger in triggers]
     verdict: Verdict = "not_found"
     if named:
         verdict = "found"
-    elif furthest.far >= 1 or (furthest.far > 0 and {run.label for run in runs} == {furthest.label}):
+    elif furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
         verdict = "inconclusive"
     targets = [Target(label=each.label, score=each.far + shares.get(each.label, 0.0)) for each in reaches]
     return Diagnosis(
         verdict=verdict,
         rule=RULE,
         targets=sorted(targets, key=lambda each: (each.label not in named, -each.score, each.label)),
-        runs=runs,
+        runs=unlearned.runs,
         reaches=sorted(reaches, key=lambda each: each.label),
         triggers=triggers,
         calibration=Calibration(
