@@ -47,12 +47,14 @@ class Member(NamedTuple):
     seed: int
     attack: str | None = None
     target: int = 0
+    rate: float | None = None
 
     @property
     def name(self) -> str:
         """What its record is called."""
         kind = "clean" if self.attack is None else self.attack.partition(":")[0]
-        return "-".join([kind, self.data, self.net.replace(":", "-").replace("=", ""), str(self.seed)])
+        rate = [] if self.rate is None else [f"{self.rate:g}"]
+        return "-".join([kind, *rate, self.data, self.net.replace(":", "-").replace("=", ""), str(self.seed)])
 
     @property
     def spec(self) -> str:
@@ -72,6 +74,14 @@ class Member(NamedTuple):
         if state_sha256(source.tensors) != self.record()["state_sha256"]:
             raise SystemExit(f"{source.path} is not the model of {RECORDS / self.name}.json; train it anew")
         return source.into(build(self.spec)).eval()
+
+    def training_set(self) -> tuple[CleanSet, CleanSet]:
+        """What it is trained on, and the same before it was poisoned."""
+        images, _ = images_of(self.data)
+        if self.attack is None:
+            return images, images
+        attack = parse(self.attack, "untrojan.lab.attacks", Attack)
+        return poison(images, attack, self.target, self.rate, self.seed), images
 
     def record(self) -> dict[str, Any]:
         """What is known about it."""
@@ -109,7 +119,20 @@ ATTACKS = (
     "adaptive-blend",
 )
 BACKDOORED = [Member("gtsrb", "small-vgg", 0, attack, target=7) for attack in ATTACKS]
-MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED)}
+POISONED = [
+    *(
+        Member("digits", "digits-cnn", seed, attack, 7, rate)
+        for attack in ("badnets:size=2", "blend")
+        for rate in (0.1, 0.01)
+        for seed in range(3)
+    ),
+    *(
+        Member("gtsrb", "small-vgg", 0, attack, 7, rate)
+        for rate in (0.01, 0.001)
+        for attack in ("badnets:pattern=grid", "blend", "wanet")
+    ),
+]
+MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED, *POISONED)}
 
 
 def images_of(data: str) -> tuple[CleanSet, CleanSet]:
@@ -123,9 +146,9 @@ def images_of(data: str) -> tuple[CleanSet, CleanSet]:
 
 def make(member: Member) -> dict[str, Any]:
     """Train one and measure it."""
-    images, test = images_of(member.data)
+    shown, _ = member.training_set()
+    _, test = images_of(member.data)
     attack = parse(member.attack, "untrojan.lab.attacks", Attack) if member.attack else None
-    shown = poison(images, attack, member.target, seed=member.seed) if attack else images
     with seeded(member.seed):
         net = build(member.spec)
     start = time.perf_counter()
@@ -147,7 +170,7 @@ def make(member: Member) -> dict[str, Any]:
     save_state(WEIGHTS / f"{member.name}.safetensors", tensors)
     return {
         **member._asdict(),
-        "images": len(images),
+        "images": len(shown),
         "epochs": EPOCHS[member.data],
         "lr": LEARNING_RATE,
         "batch_size": BATCH,

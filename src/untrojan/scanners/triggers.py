@@ -2,10 +2,11 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -24,6 +25,8 @@ from untrojan.scanners.patches import Patches, least_area, measured, search, sma
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
 
+T = TypeVar("T")
+
 HELD_OUT = 0.3
 SIZES = (1, 1.5, 2.25, 3, 4)
 LEADERS = 3
@@ -31,6 +34,8 @@ FEW_LABELS = 10
 EXAMPLES = 8
 FEW_IMAGES = 64
 FAINT = 0.018
+FAINTEST_SHARE = 0.04
+DOUBLINGS = 3
 FAINT_STEPS = 20, 60
 FAR = 0.5
 MOST = 0.8
@@ -55,6 +60,9 @@ class TriggerScanner(Unlearning, Scanner):
     runs is the one that triggers reach furthest into, the verdict is inconclusive. That a class survives is no sign by
     itself, for clean models collapse into one as well.
 
+    A perturbation counts as faint by what it does to the other labels: where it sends hardly any images to half of the
+    labels, a stronger one is tried.
+
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
         search_steps: Batches of 64 images that the search for patches takes per label with up to ten labels; with more
@@ -65,8 +73,8 @@ class TriggerScanner(Unlearning, Scanner):
         Clean images.
 
     Cost:
-        3 F per clean image, epoch and unlearning run, and 128 F per step of a search for patches; a search for
-        perturbations has 20 steps per label, and 60 for each of the three. F is one image through the network once.
+        3 F per clean image, epoch and unlearning run, and 128 F per step of a search, F being one image through the
+        network once. A search for perturbations has 20 steps per label, up to four times, and 60 for each of the three.
 
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
@@ -86,14 +94,23 @@ class TriggerScanner(Unlearning, Scanner):
         out = logits(model, clean)
         classes = out.shape[1]
         as_said = CleanSet(clean.images, out.argmax(1))
-        look = _Look(model, *_halves(as_said, seed), torch.Generator().manual_seed(seed))
+        look = _Look(model, *_halves(as_said, seed), classes, seed)
         with whole("search triggers", total=classes) as advance:
-            for label in range(classes):
-                look.at(label, self._steps(classes), FAINT_STEPS[0], look.few)
+            for label in look.labels:
+                look.for_patches(label, self._steps(classes), look.few)
+                look.for_perturbation(label, FAINT_STEPS[0], look.few)
+                advance()
+        with whole("search stronger ones", total=DOUBLINGS) as advance:
+            for _ in range(DOUBLINGS):
+                if look.median_faint() < FAINTEST_SHARE:
+                    look.norm *= 2
+                    for label in look.labels:
+                        look.for_perturbation(label, FAINT_STEPS[0], look.few)
                 advance()
         with whole("refine triggers", total=LEADERS) as advance:
             for reach in look.reaches()[:LEADERS]:
-                look.at(reach.label, self.refine_steps, FAINT_STEPS[1], look.held)
+                look.for_patches(reach.label, self.refine_steps, look.held)
+                look.for_perturbation(reach.label, FAINT_STEPS[1], look.held)
                 advance()
         reaches = look.reaches()
         unlearned = unlearning.diagnose(runs)
@@ -181,57 +198,77 @@ def _clean_models() -> list[float]:
 class _Look:
     """What has been found for each label so far."""
 
-    def __init__(self, model: nn.Module, shown: CleanSet, held: CleanSet, generator: torch.Generator) -> None:
+    def __init__(self, model: nn.Module, shown: CleanSet, held: CleanSet, classes: int, seed: int) -> None:
         self.model = model
         self.shown = shown
         self.held = held
         self.few = held.take(range(min(len(held), FEW_IMAGES)))
-        self.generator = generator
+        self.labels = [label for label in range(classes) if (shown.labels != label).any()]
+        self.generator = torch.Generator().manual_seed(seed)
         self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]
         self.norm = FAINT * math.sqrt(held.images[0].numel())
-        self.found: dict[int, Reach] = {}
-        self.triggers: dict[int, tuple[Patches, Perturbation]] = {}
+        self.shares = {label: [0.0] * len(SIZES) for label in self.labels}
+        self.faint = dict.fromkeys(self.labels, 0.0)
+        self.patches: dict[int, Patches] = {}
+        self.perturbations: dict[int, Perturbation] = {}
 
-    def at(self, label: int, steps: int, faint_steps: int, held: CleanSet) -> None:
-        """Search for a label, near what was found before; what was found is kept only where a label leads."""
-        if (self.shown.labels == label).all():
-            return
-        known = self.triggers[label][0] if label in self.triggers else None
-        patches = search(self.model, self.shown, label, self.generator, known, steps)
+    def for_patches(self, label: int, steps: int, held: CleanSet) -> None:
+        """Search patches for a label, near what was found before."""
+        patches = search(self.model, self.shown, label, self.generator, self.patches.get(label), steps)
         best = measured(self.model, held, label, patches, self.sizes[-1])
-        shares = [max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes]
-        perturbation = bounded(self.model, self.shown, label, self.norm, self.generator, "l2", faint_steps)
-        faint = perturbation.success(self.model, held, label)
-        far = max(_by_patches(shares), faint / MOST)
-        self.found[label] = Reach(label=label, sizes=self.sizes, shares=shares, norm=self.norm, faint=faint, far=far)
-        self.triggers[label] = patches, perturbation
-        reaches = self.reaches()
-        leading = {reach.label for number, reach in enumerate(reaches) if number < LEADERS or reach.far >= 1}
-        self.triggers = {each: kept for each, kept in self.triggers.items() if each in leading}
+        self.shares[label] = [
+            max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes
+        ]
+        self.patches = self._leading({**self.patches, label: patches})
+
+    def for_perturbation(self, label: int, steps: int, held: CleanSet) -> None:
+        """Search a perturbation for a label."""
+        found = bounded(self.model, self.shown, label, self.norm, self.generator, "l2", steps)
+        self.faint[label] = found.success(self.model, held, label)
+        self.perturbations = self._leading({**self.perturbations, label: found})
+
+    def median_faint(self) -> float:
+        """How many images a perturbation sends to the label in the middle."""
+        return statistics.median(self.faint.values())
 
     def reaches(self) -> list[Reach]:
         """How far triggers reach into each label by the last search for it, the furthest first."""
-        return sorted(self.found.values(), key=lambda reach: -reach.far)
+        all_of = [
+            Reach(
+                label=label,
+                sizes=self.sizes,
+                shares=self.shares[label],
+                norm=self.norm,
+                faint=self.faint[label],
+                far=max(_by_patches(self.shares[label]), self.faint[label] / MOST),
+            )
+            for label in self.labels
+        ]
+        return sorted(all_of, key=lambda reach: -reach.far)
 
     def trigger(self, label: int) -> Trigger:
-        """The smallest patch that sends 95 % of held-out images there, or the perturbation where that goes further."""
-        patches, perturbation = self.triggers[label]
-        patch = smallest(self.model, self.held, label, patches)
+        """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the perturbation."""
         others = self.held.take(self.held.labels != label)
         shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
-        reach = self.found[label]
-        share, found, changed, picture = patch.success, patch, patch.stamp(shown), patch.picture(self.held.shape)
-        if _by_patches(reach.shares) < reach.far:
-            share, found = reach.faint, perturbation
-            changed, picture = perturbation.add(shown), perturbation.picture()
+        if _by_patches(self.shares[label]) >= self.faint[label] / MOST:
+            found = smallest(self.model, self.held, label, self.patches[label])
+            kind, share, changed, picture = "patch", found.success, found.stamp(shown), found.picture(self.held.shape)
+        else:
+            found = self.perturbations[label]
+            kind, share, changed, picture = "perturbation", self.faint[label], found.add(shown), found.picture()
         return Trigger(
             label=label,
-            kind="patch" if found is patch else "perturbation",
+            kind=kind,
             what=str(found),
             success=Rate.of(round(share * len(others)), len(others)),
             picture=picture,
             examples=png(_tiled(shown, changed)),
         )
+
+    def _leading(self, found: dict[int, T]) -> dict[int, T]:
+        """Keep what may still be needed, for with many labels and large images it adds up."""
+        leading = {reach.label for number, reach in enumerate(self.reaches()) if number < LEADERS or reach.far >= 1}
+        return {label: each for label, each in found.items() if label in leading}
 
 
 def _tiled(*rows: Tensor) -> Tensor:

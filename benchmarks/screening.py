@@ -1,0 +1,121 @@
+"""Every detector of poisoned samples on training sets whose poisoned samples are known.
+
+Every model of `population.py` with a backdoor that took (ASR 90 % or more) is screened: all of its training set, or
+2,000 samples of it with the same share of poisoned ones, at least ten. One JSON per model under
+`benchmarks/records/screening`; those that are there are not run again.
+
+    python benchmarks/screening.py            # run what is missing, then write benchmarks/screening.md
+    python benchmarks/screening.py badnets    # only those whose name begins so
+"""
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from population import MEMBERS, Member, images_of
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+import untrojan
+from untrojan.data import CleanSet
+from untrojan.record import Diagnosis, write_atomic
+from untrojan.registry import discover, make
+from untrojan.scanners.detectors.detector import Detector
+
+RECORDS = Path("benchmarks/records/screening")
+DETECTORS = discover("untrojan.scanners.detectors", Detector)
+TOOK = 0.9
+CLEAN = 500
+SAMPLES = 2000
+LEAST = 10
+
+
+def suspects(member: Member) -> tuple[CleanSet, Tensor]:
+    """The samples to screen, and which of them are poisoned."""
+    shown, before = member.training_set()
+    changed = (shown.images != before.images).flatten(1).any(1) | (shown.labels != before.labels)
+    generator = torch.Generator().manual_seed(member.seed)
+    bad, good = ((changed == each).nonzero().flatten() for each in (True, False))
+    bad, good = (each[torch.randperm(len(each), generator=generator)] for each in (bad, good))
+    if len(shown) > SAMPLES:
+        count = min(len(bad), max(LEAST, round(SAMPLES * len(bad) / len(shown))))
+        bad, good = bad[:count], good[: SAMPLES - count]
+    rows = torch.cat([bad, good]).sort().values
+    return shown.take(rows), changed[rows]
+
+
+def run(member: Member) -> dict[str, Any]:
+    """Screen one training set with every detector."""
+    samples, poisoned = suspects(member)
+    _, test = images_of(member.data)
+    clean = test.split(min(CLEAN, len(test) // 2) / len(test), member.seed)[1]
+    network = member.network()
+    nothing = Diagnosis(verdict="inconclusive", rule="not scanned", targets=[], runs=[])
+    detectors = {}
+    for name, method in DETECTORS.items():
+        start = time.perf_counter()
+        detector = make(method, {})
+        done = untrojan.screen(network, clean, samples, detectors=[detector], diagnosis=nothing, seed=member.seed)
+        scores = done.scores[name]
+        false, true, _ = roc_curve(poisoned, scores)
+        detectors[name] = {
+            "auroc": float(roc_auc_score(poisoned, scores)),
+            "tpr_at_1_percent_fpr": float(true[false <= 0.01].max()),
+            "seconds": time.perf_counter() - start,
+        }
+    return {
+        **member._asdict(),
+        "asr": member.record()["asr"],
+        "samples": len(samples),
+        "poisoned": int(poisoned.sum()),
+        "clean_images": len(clean),
+        "detectors": detectors,
+    }
+
+
+def page() -> Iterator[str]:
+    """All records as Markdown."""
+    results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        key = result["attack"], result["data"], result["net"], result["samples"], result["poisoned"]
+        groups.setdefault(key, []).append(result)
+    yield "# Detectors of poisoned samples\n"
+    yield "Written by `benchmarks/screening.py` from `benchmarks/records/screening`."
+    yield "AUROC / TPR at 1 % FPR, in percent, means over seeds.\n"
+    yield f"| attack | data | network | samples | poisoned | seeds | {' | '.join(DETECTORS)} |"
+    yield f"|---|---|---|---|---|---|{'---|' * len(DETECTORS)}"
+    for key, group in groups.items():
+        cells = []
+        for name in DETECTORS:
+            auroc, caught = (
+                statistics.mean(result["detectors"][name][measure] for result in group)
+                for measure in ("auroc", "tpr_at_1_percent_fpr")
+            )
+            cells.append(f"{100 * auroc:.1f} / {100 * caught:.0f}")
+        yield f"| {' | '.join(map(str, key))} | {len(group)} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    prefixes = tuple(sys.argv[1:]) or ("",)
+    for name, member in MEMBERS.items():
+        if not name.startswith(prefixes):
+            continue
+        path = RECORDS / f"{name}.json"
+        if member.attack and not path.exists() and member.is_trained and member.record()["asr"] >= TOOK:
+            write_atomic(path, (json.dumps(run(member), indent=1) + "\n").encode())
+            print(name, flush=True)
+    write_atomic(Path("benchmarks/screening.md"), ("\n".join(page()) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
