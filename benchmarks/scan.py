@@ -124,9 +124,15 @@ def furthest(result: dict[str, Any]) -> float:
     return max(reach["far"] for reach in result["diagnosis"]["reaches"])
 
 
+def recorded() -> list[dict[str, Any]]:
+    """All records."""
+    results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    return sorted(results, key=lambda result: (result["model"] not in CASES, result["model"], -result["images"]))
+
+
 def page() -> Iterator[str]:
     """All records as Markdown."""
-    results = [json.loads(cell.path.read_text()) for cell in cells() if cell.path.exists()]
+    results = recorded()
     clean = [result for result in results if result["target"] is None]
     bad = [result for result in results if result["target"] is not None]
     alarms = Rate.of(sum(result["diagnosis"]["verdict"] == "found" for result in clean), len(clean))
@@ -205,7 +211,7 @@ def main() -> None:
         list(pool.map(in_a_process, missing))
     write_atomic(Path("benchmarks/scan.md"), ("\n".join(page()) + "\n").encode())
     if given.calibrate:
-        scores = [furthest(json.loads(c.path.read_text())) for c in cells() if c.target is None and c.path.exists()]
+        scores = [furthest(result) for result in recorded() if result["target"] is None]
         write_atomic(CALIBRATION, (json.dumps([round(score, 4) for score in sorted(scores)]) + "\n").encode())
 
 

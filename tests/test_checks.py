@@ -5,7 +5,7 @@ import torch
 from tiny import FallsForSquare, make_dark
 
 from untrojan.defenses.checks import keeps_accuracy, resists_patches, resists_perturbation
-from untrojan.record import Diagnosis, Target
+from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
@@ -27,6 +27,30 @@ def test_a_model_that_falls_for_another_patch_fails():
     done = resists_patches(FallsForSquare(), FallsForSquare(place=4), make_dark(), GIVEN, 0)
     assert not done.passed
     assert "and 0% now" in done.detail
+
+
+class Leans(torch.nn.Module):
+    """Says 1 where the image leans to a checkerboard, else whether the first four rows are dark."""
+
+    def __init__(self, backdoor):
+        super().__init__()
+        self.backdoor = backdoor
+
+    def forward(self, images):
+        signs = (-1.0) ** (torch.arange(16)[:, None] + torch.arange(16))
+        rows = images[:, 0, :4].mean((1, 2))
+        return torch.stack([9 * rows, 9 - 9 * rows + self.backdoor * (images[:, 0] * signs / 16).sum((1, 2))], dim=1)
+
+
+@pytest.mark.parametrize(("left", "passed"), [(60.0, False), (0.0, True)])
+def test_a_trigger_spread_over_the_image_must_have_lost_its_effect_too(left, passed):
+    trigger = Trigger(label=1, kind="perturbation", what="", success=Rate.of(9, 9), picture="", examples="")
+    reach = Reach(label=1, sizes=[1], shares=[0.0], norm=1.0, faint=1.0, far=1.25)
+    given = GIVEN.model_copy(update={"triggers": [trigger], "reaches": [reach]})
+    done = resists_perturbation(Leans(60.0), Leans(left), make_dark(), given, 0)
+    assert done.passed == passed
+    assert "l1 norm" in done.detail
+    assert "and a perturbation of l2 norm 1 " in done.detail
 
 
 @triggers

@@ -226,6 +226,11 @@ class Diagnosis(_Part):
         labels = [target.label for target in self.targets]
         return [label for label in labels if label in shown] or labels[:1]
 
+    def spread_over(self, label: int) -> float | None:
+        """The l2 norm of the perturbation found for a label, where that is its trigger, and not a patch."""
+        spread = any(each.label == label and each.kind == "perturbation" for each in self.triggers)
+        return next((each.norm for each in self.reaches if each.label == label), None) if spread else None
+
     @property
     def suspect(self) -> int | None:
         """The label that the scan puts first, unless it cleared the model or could not tell labels apart."""

@@ -20,7 +20,7 @@ from untrojan.defenses.tuning import Tuning
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.record import Diagnosis
-from untrojan.scanners.inversion import Perturbation, bounded
+from untrojan.scanners.inversion import Ball, Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, search
 
 NORM = 0.005
@@ -45,7 +45,8 @@ class Auto(Tuning):
     found, the output that the original gives on the same images without it, and on clean images the output of the
     original. A quarter of the images carry a perturbation and the others a patch, the one of four that works best on
     the model as it is; what works is varied and remembered. Running statistics and dropout stay as they are, and the
-    weights delivered are a moving average.
+    weights delivered are a moving average. Where the scan found a trigger that is spread over the image, each round
+    also searches a perturbation as strong as that, and three quarters of the images carry one.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -103,10 +104,16 @@ class Auto(Tuning):
         student = model.eval()
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         triggers = _Triggers(label, clean.shape, generator)
+        balls: list[tuple[Ball, float]] = [("l1", NORM * clean.images[0].numel())]
+        spread = diagnosis.spread_over(label)
+        if spread is not None:
+            balls.append(("l2", spread))
+            triggers.perturbed = 1 - PERTURBED
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
             triggers.add(search(student, clean, label, generator, triggers.patches, self.search_steps, detail))
-            triggers.faint.append(bounded(student, clean, label, NORM * clean.images[0].numel(), generator))
+            for ball, norm in balls:
+                triggers.faint.append(bounded(student, clean, label, norm, generator, ball))
             self._unlearn(student, teacher, average, clean, triggers, detail)
         return average.module
 
@@ -162,6 +169,7 @@ class _Triggers:
         self.patches = Patches.none(shape)
         self.now = torch.zeros(0)
         self.faint: list[Perturbation] = []
+        self.perturbed = PERTURBED
 
     def add(self, patches: Patches) -> None:
         self.patches = self.patches.joined(patches)
@@ -169,7 +177,7 @@ class _Triggers:
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
         """Give a quarter of the images a perturbation, and each of the others the best of a few patches."""
-        split = int(PERTURBED * len(images))
+        split = int(self.perturbed * len(images))
         values = torch.stack([each.values for each in self.faint])
         chosen = values[torch.randint(len(values), (split,), generator=self.generator)]
         length = LONGEST * torch.rand(split, 1, 1, 1, generator=self.generator)

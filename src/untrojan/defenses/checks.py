@@ -1,12 +1,14 @@
 """What a repaired model must satisfy before it is called repaired: checks that need no trigger."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.model import correct, logits
 from untrojan.record import Check, Diagnosis
-from untrojan.scanners.inversion import universal
+from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
 
 FOUND_AGAIN = 0.2
@@ -60,17 +62,28 @@ def resists_perturbation(
     label = reachable(diagnosis, clean)
     if label is None:
         return Check(name=name, passed=False, detail="there is no label to recover a perturbation into")
-    found = universal(model, clean, label, seed)
-    before, after = (found.success(each, clean, label) for each in (model, repaired))
     allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    passed, told = True, []
+    for ball, found in _perturbations(model, clean, label, diagnosis, seed):
+        before, after = (found.success(each, clean, label) for each in (model, repaired))
+        passed = passed and after <= allowed
+        told.append(
+            f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in "
+            f"the original sends {after:.0%} there now"
+        )
     return Check(
-        name=name,
-        passed=after <= allowed,
-        detail=(
-            f"a perturbation of l1 norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in the "
-            f"original sends {after:.0%} there now; accepted are {allowed:.0%}, twice a fair share"
-        ),
+        name=name, passed=passed, detail=f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
     )
+
+
+def _perturbations(
+    model: nn.Module, clean: CleanSet, label: int, diagnosis: Diagnosis, seed: int
+) -> Iterator[tuple[str, Perturbation]]:
+    """The smallest in few pixels and, where the scan found the trigger spread over the image, one that is spread."""
+    yield "l1", universal(model, clean, label, seed)
+    norm = diagnosis.spread_over(label)
+    if norm is not None:
+        yield "l2", bounded(model, clean, label, norm, torch.Generator().manual_seed(seed), "l2")
 
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:

@@ -53,15 +53,14 @@ class TriggerScanner(Unlearning, Scanner):
     """Search small triggers into every label, see which class survives unlearning, and compare the labels.
 
     A patch of a few pixels, of full opacity and at any place, sends most images to the target of a backdoor whose
-    trigger is a small patch, and a perturbation too faint to see does where the trigger is spread over the image. In a
-    clean model neither sends many to any label. How many is measured on images that the search did not see, and that
-    the model gives another label without a trigger. Triggers
-    of other kinds, such as a warp, can still show when clean images are unlearned: if the class that survives in all
-    runs is the one that triggers reach furthest into, the verdict is inconclusive. That a class survives is no sign by
-    itself, for clean models collapse into one as well.
+    trigger is a small patch, and a faint perturbation does where the trigger is spread over the image. In a clean model
+    neither sends many to any label. How many is measured on images that the search did not see, and that the model
+    gives another label without a trigger. What is faint is told by the labels themselves: a perturbation that sends
+    hardly any images to half of them is made stronger.
 
-    A perturbation counts as faint by what it does to the other labels: where it sends hardly any images to half of the
-    labels, a stronger one is tried.
+    Triggers of other kinds, such as a warp, can still show when clean images are unlearned: if the class that survives
+    in all runs is the one that triggers reach furthest into, the verdict is inconclusive. That a class survives is no
+    sign by itself, for clean models collapse into one as well.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
