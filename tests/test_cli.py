@@ -33,6 +33,8 @@ from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Record, Target, sha256
 from untrojan.registry import discover, fields
+from untrojan.scanners.triggers import TriggerScanner
+from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
 
@@ -83,6 +85,18 @@ LOOKS = []
 def look(*_):
     warnings.warn(UnreliableWarning("this stands on little"), stacklevel=2)
     return LOOKS[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _suspicious():
+    """The model is clean and the default scan says so; by unlearning alone there is something to repair."""
+
+    def scan(_, model, clean, seed):
+        return UnlearningScanner().scan(model, clean, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TriggerScanner, "_scan", scan)
+        yield
 
 
 @pytest.fixture

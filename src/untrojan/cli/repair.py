@@ -58,7 +58,7 @@ def repair(
 
 
 def _summary(record: Record, out: Path) -> str:
-    lines = [finding(record), f"{record.status.replace('_', ' ')}: {record.reason}"]
+    lines = [f"{record.status.replace('_', ' ')}: {record.reason}", finding(record)]
     kind = "held-out" if record.before.held_out else "these"
     lines.append(
         f"accuracy on {kind} clean images: {_percent(record.before.accuracy)} before, "
