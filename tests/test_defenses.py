@@ -332,7 +332,7 @@ def rude(rule, net=None):
     net = net or build("batchnorm")
     before = Snapshot(net)
     try:
-        return Rude(rule=rule).repair(net, make_clean(), seed=1)
+        return Rude(rule=rule).repair(net, make_clean(), GIVEN, seed=1)
     finally:
         before.assert_same()
 

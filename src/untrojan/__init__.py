@@ -173,7 +173,8 @@ def repair(
         >>> from untrojan.sources.nets import build
         >>> clean = untrojan.CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
         >>> method = untrojan.RNP(select="count", count=2, unlearn_epochs=1, recover_epochs=1)
-        >>> untrojan.repair(build("digits-cnn"), clean, method=method).record.units_changed
+        >>> suspicion = untrojan.Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> untrojan.repair(build("digits-cnn"), clean, method=method, diagnosis=suspicion).record.units_changed
         2
     """
     from untrojan.defenses.auto import Auto

@@ -54,9 +54,11 @@ class ANP(Pruning):
         masks are learned once on all images and once without each of two parts, as `fixed` does.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> repair = ANP(select="count", count=3, iterations=2).repair(build("digits-cnn"), clean)
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> repair = ANP(select="count", count=3, iterations=2).repair(build("digits-cnn"), clean, suspicion)
         >>> repair.record.units_changed
         3
 

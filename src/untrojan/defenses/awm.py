@@ -61,9 +61,12 @@ class AWM(Tuning):
         from. With 500 images, a fifth of them held out, that is 418 thousand F.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> AWM(outer_rounds=1, inner_rounds=1).repair(build("digits-cnn"), clean).record.values_changed > 0
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> repair = AWM(outer_rounds=1, inner_rounds=1).repair(build("digits-cnn"), clean, suspicion)
+        >>> repair.record.values_changed > 0
         True
 
     References:

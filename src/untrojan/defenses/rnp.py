@@ -47,10 +47,12 @@ class RNP(Unlearning, Pruning):
         per image at most, half of it with `released`. Each point of the pruning curve adds 1 F per image.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
         >>> method = RNP(select="count", count=3, unlearn_epochs=1, recover_epochs=1)
-        >>> repair = method.repair(build("digits-cnn"), CleanSet(images, labels))
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> repair = method.repair(build("digits-cnn"), CleanSet(images, labels), suspicion)
         >>> repair.record.units_changed
         3
 
