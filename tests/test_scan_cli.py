@@ -139,7 +139,7 @@ def test_help_lists_every_option_of_the_method_with_its_default(talk, method):
 @pytest.mark.parametrize(
     ("options", "code", "fragment"),
     [
-        (("--method", "rnp"), 4, "no method is named 'rnp'; expected one of neural-cleanse, unlearning"),
+        (("--method", "rnp"), 4, "no method is named 'rnp'; expected one of neural-cleanse, triggers, unlearning"),
         (("--mask-epochs", "3"), 4, "--mask-epochs"),
         (("--floor", "2"), 4, "floor"),
         (("--json", "--sarif"), 4, "got both"),
