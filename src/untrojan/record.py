@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import resource
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -169,7 +170,7 @@ class Reach(_Part):
     @property
     def mean(self) -> float:
         """The mean share of patches over the sizes."""
-        return math.fsum(self.shares) / len(self.shares)
+        return statistics.fmean(self.shares)
 
 
 class Trigger(_Part):
@@ -204,7 +205,7 @@ class Calibration(_Part):
 class Diagnosis(_Part):
     """What the scan found: the verdict, the rule behind it, targets best first, and the evidence.
 
-    The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small patches reach and the `triggers`
+    The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small triggers reach and the `triggers`
     recovered, as the scanner has it.
     """
 

@@ -176,7 +176,7 @@ class _Triggers:
         self.now = torch.cat([self.now, patches.strength])
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
-        """Give a quarter of the images a perturbation, and each of the others the best of a few patches."""
+        """Give a share of the images a perturbation, and each of the others the best of a few patches."""
         split = int(self.perturbed * len(images))
         values = torch.stack([each.values for each in self.faint])
         chosen = values[torch.randint(len(values), (split,), generator=self.generator)]

@@ -101,10 +101,11 @@ class TriggerScanner(Unlearning, Scanner):
                 advance()
         with whole("search stronger ones", total=DOUBLINGS) as advance:
             for _ in range(DOUBLINGS):
-                if look.median_faint() < FAINTEST_SHARE:
-                    look.norm *= 2
-                    for label in look.labels:
-                        look.for_perturbation(label, FAINT_STEPS[0], look.few)
+                if look.median_faint() >= FAINTEST_SHARE:
+                    break
+                look.norm *= 2
+                for label in look.labels:
+                    look.for_perturbation(label, FAINT_STEPS[0], look.few)
                 advance()
         with whole("refine triggers", total=LEADERS) as advance:
             for reach in look.reaches()[:LEADERS]:
@@ -138,7 +139,7 @@ def targets_of(reaches: Sequence[Reach], shares: Mapping[int, float]) -> list[in
         >>> targets_of([reach(0, 0.2), reach(1, 1.8), reach(2, 1.7), reach(3, 0.1)], {1: 0.9})
         [1]
     """
-    scores = {reach.label: reach.far + shares.get(reach.label, 0.0) for reach in reaches if reach.far >= 1}
+    scores = _scores([reach for reach in reaches if reach.far >= 1], shares)
     if not scores or len(scores) > len(reaches) / 2:
         return []
     enough = ALIKE * max(scores.values())
@@ -168,7 +169,7 @@ def judge(
         verdict = "found"
     elif furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
         verdict = "inconclusive"
-    targets = [Target(label=each.label, score=each.far + shares.get(each.label, 0.0)) for each in reaches]
+    targets = [Target(label=label, score=score) for label, score in _scores(reaches, shares).items()]
     return Diagnosis(
         verdict=verdict,
         rule=RULE,
@@ -182,6 +183,10 @@ def judge(
             false_alarms=_at_least(1, clean_models),
         ),
     )
+
+
+def _scores(reaches: Sequence[Reach], shares: Mapping[int, float]) -> dict[int, float]:
+    return {reach.label: reach.far + shares.get(reach.label, 0.0) for reach in reaches}
 
 
 def _at_least(score: float, scores: Sequence[float]) -> Rate:
@@ -239,7 +244,7 @@ class _Look:
                 shares=self.shares[label],
                 norm=self.norm,
                 faint=self.faint[label],
-                far=max(_by_patches(self.shares[label]), self.faint[label] / MOST),
+                far=self._far(label),
             )
             for label in self.labels
         ]
@@ -266,8 +271,11 @@ class _Look:
 
     def _leading(self, found: dict[int, T]) -> dict[int, T]:
         """Keep what may still be needed, for with many labels and large images it adds up."""
-        leading = {reach.label for number, reach in enumerate(self.reaches()) if number < LEADERS or reach.far >= 1}
-        return {label: each for label, each in found.items() if label in leading}
+        leading = sorted(self.labels, key=self._far, reverse=True)[:LEADERS]
+        return {label: each for label, each in found.items() if label in leading or self._far(label) >= 1}
+
+    def _far(self, label: int) -> float:
+        return max(_by_patches(self.shares[label]), self.faint[label] / MOST)
 
 
 def _tiled(*rows: Tensor) -> Tensor:
@@ -277,7 +285,7 @@ def _tiled(*rows: Tensor) -> Tensor:
 
 def _by_patches(shares: Sequence[float]) -> float:
     """How far patches reach: 1 is too far."""
-    return max(math.fsum(shares) / len(shares) / FAR, shares[-1] / MOST)
+    return max(statistics.fmean(shares) / FAR, shares[-1] / MOST)
 
 
 def _halves(clean: CleanSet, seed: int) -> tuple[CleanSet, CleanSet]:

@@ -140,18 +140,6 @@ def warn_of_missed_floor(last: float | None, floor: float) -> None:
     warnings.warn(UnreliableWarning(text), stacklevel=3)
 
 
-def ends(runs: list[UnlearningRun]) -> Tensor | None:
-    """Mean shares of predictions at the ends of the runs of each view, `(views, K)`, or nothing without any.
-
-    Runs that left the numbers within their first epoch say nothing.
-    """
-    shares: dict[str, list[Tensor]] = {}
-    for run in runs:
-        if run.trace:
-            shares.setdefault(run.view, []).append(torch.tensor(run.trace[-1].shares))
-    return torch.stack([torch.stack(view).mean(0) for view in shares.values()]) if shares else None
-
-
 def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
     """Read the target label off unlearning runs: the class that holds most predictions at their ends.
 
@@ -161,15 +149,19 @@ def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
         runs: The runs on one model.
 
     Returns:
-        Every class with its mean share, best first, and the verdict by :data:`RULE`.
+        Every class with its mean share, best first, and the verdict by :data:`RULE`. Runs that left the numbers
+        within their first epoch say nothing.
     """
-    views = ends(runs)
-    if views is None:
+    ends: dict[str, list[Tensor]] = {}
+    for run in runs:
+        if run.trace:
+            ends.setdefault(run.view, []).append(torch.tensor(run.trace[-1].shares))
+    if not ends:
         return Diagnosis(verdict="inconclusive", rule=RULE, targets=[], runs=runs)
+    views = torch.stack([torch.stack(view).mean(0) for view in ends.values()])
     shares = views.mean(0)
     agree = len(views.argmax(1).unique()) == 1
-    seen = {run.view for run in runs if run.trace}
-    down = {view: [run.reached for run in runs if run.view == view] for view in seen}
+    down = {view: [run.reached for run in runs if run.view == view] for view in ends}
     verdict: Verdict = "inconclusive"
     if agree and all(map(all, down.values())) and shares.max() >= FOUND_SHARE:
         verdict = "found"
