@@ -63,7 +63,21 @@ def test_without_a_label_nothing_is_verified(check, case):
     assert not check(FallsForSquare(), FallsForSquare(0.0), clean, given, 0).passed
 
 
-@pytest.mark.parametrize(("lost", "after", "passed"), [(0.02, 49, True), (0.021, 49, False), (0.0, 48, False)])
-def test_accuracy_counts_on_held_out_images_and_on_all(lost, after, passed):
-    before, kept = torch.ones(50, dtype=torch.bool), torch.arange(50) < after
-    assert keeps_accuracy(before, kept, lost, 0.02, held_out=True).passed == passed
+@pytest.mark.parametrize(
+    ("lost", "kept", "passed"),
+    [(0.02, 100, True), (0.021, 100, False), (0.0, 96, True), (0.0, 94, False), (-0.1, 94, False)],
+)
+def test_accuracy_counts_on_all_images_and_beyond_its_noise_on_held_out_ones(lost, kept, passed):
+    before, after = torch.ones(100, dtype=torch.bool), torch.arange(100) < kept
+    assert keeps_accuracy(before, after, lost, 0.02, held_out=True).passed == passed
+
+
+def test_many_held_out_images_leave_less_room():
+    before, after = torch.ones(2000, dtype=torch.bool), torch.arange(2000) < 1920
+    assert not keeps_accuracy(before, after, 0.0, 0.02, held_out=True).passed
+
+
+@pytest.mark.parametrize(("kept", "passed"), [(98, True), (97, False)])
+def test_there_is_no_room_on_images_that_were_fitted_on(kept, passed):
+    before, after = torch.ones(100, dtype=torch.bool), torch.arange(100) < kept
+    assert keeps_accuracy(before, after, 0.0, 0.02, held_out=False).passed == passed

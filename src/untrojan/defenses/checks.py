@@ -1,5 +1,6 @@
 """What a repaired model must satisfy before it is called repaired: checks that need no trigger."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from untrojan.scanners.patches import search, smallest
 
 FOUND_AGAIN = 0.2
 _ROUNDING = 1e-9
+_ONE_SIDED = 1.645
 
 
 def within(drop: float, budget: float) -> bool:
@@ -34,6 +36,10 @@ def reachable(diagnosis: Diagnosis, clean: CleanSet) -> int | None:
 def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, held_out: bool) -> Check:
     """The clean accuracy stays within the budget, image by image against the original.
 
+    A hundred held-out images tell a loss to within some three points only, so there it has to exceed the budget by more
+    than its standard error explains, one-sided at 95 %. The loss of the delivered weights on all images must be within
+    the budget as it is.
+
     Args:
         before: Which images the original gets right: bool `(n,)`.
         after: The same images for the repaired model.
@@ -41,12 +47,15 @@ def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, he
         budget: The accepted loss.
         held_out: Whether nothing was fitted on these images.
     """
-    drop = float(before.double().mean() - after.double().mean())
-    judged = "held-out images" if held_out else "the images that it was fitted on"
+    losses = before.double() - after.double()
+    drop = float(losses.mean())
+    judged, noise = "the images that it was fitted on", 0.0
+    if held_out:
+        judged, noise = "held-out images", _ONE_SIDED * float(losses.std(correction=0)) / math.sqrt(len(losses))
     text = f"clean accuracy {_moves(drop)} on {judged}"
     if held_out:
-        text += f", and {_moves(lost)} on all of them with the weights delivered"
-    passed = within(max(drop, lost), budget)
+        text += f", give or take {noise:.1%}, and {_moves(lost)} on all of them with the weights delivered"
+    passed = within(max(drop - noise, lost), budget)
     return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {budget:.1%}")
 
 
