@@ -1,9 +1,9 @@
 """Every method on models that other people trained and poisoned, with 500 clean images and with one per class.
 
 Every cell (method x checkpoint x setting x seed) is one JSON under `benchmarks/records/methods`, made in a process of
-its own; cells that are there are not run again. The model is scanned once per checkpoint, setting and seed, and every
-method gets that diagnosis, so seconds are those of the method and its checks alone. Only after the repair, in this
-script, the known trigger measures the result.
+its own; cells that are there are not run again. The model is scanned once per checkpoint, setting and seed by
+`scan.py`, and every method gets that diagnosis, so seconds are those of the method and its checks alone. Only after the
+repair, in this script, the known trigger measures the result.
 
     python benchmarks/methods.py --jobs 2                # run what is missing, then write benchmarks/methods.md
     python benchmarks/methods.py --methods clp bnp       # fewer
@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import scan
 from cases import CASES, SHARED, Case, measure, test_set, triple
 
 import untrojan
@@ -55,7 +56,7 @@ def run(cell: Cell) -> None:
     source = Checkpoint.read(SHARED / "checkpoints" / case.file)
     model = untrojan.load(source, case.net)
     clean = untrojan.CleanSet.load(SHARED / "data" / case.train, **SETTINGS[cell.setting], seed=cell.seed)
-    diagnosis = diagnose(cell, model, clean)
+    diagnosis = diagnose(cell, len(clean))
     one_shot = getattr(METHODS[cell.method], "one_shot", None) if cell.setting == "one-shot" else None
     method = one_shot() if one_shot else make(METHODS[cell.method], {})
     start = time.perf_counter()
@@ -77,13 +78,12 @@ def run(cell: Cell) -> None:
     print(*cell, record["status"], *(f"{100 * value:.1f}" for value in result["after"].values()), f"{seconds:.0f} s")
 
 
-def diagnose(cell: Cell, model: Any, clean: untrojan.CleanSet) -> Diagnosis:
-    """What the scan says, kept for the other methods."""
-    path = RECORDS / "scans" / cell.setting.replace(" ", "-") / f"{cell.case}-{cell.seed}.json"
-    if not path.exists():
-        diagnosis = untrojan.UnlearningScanner().scan(model, clean, cell.seed)
-        write(path, diagnosis.model_dump())
-    return Diagnosis.model_validate_json(path.read_text())
+def diagnose(cell: Cell, images: int) -> Diagnosis:
+    """What the scan says of the same images, from the records of `scan.py`."""
+    wanted = scan.Cell(cell.case, images, cell.seed)
+    if not wanted.path.exists():
+        scan.run(wanted)
+    return Diagnosis.model_validate(scan.complete(json.loads(wanted.path.read_text())["diagnosis"]))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -176,6 +176,7 @@ def page() -> str:
         "The authors' own code ran on the same number of images, with other images and one seed.",
         "",
         "What a method says of its result is as the checks were when the cell was run; the record lists them. Cells "
+        "older than the scan that searches triggers were given what unlearning named, the same labels. Cells "
         "without the check `resists recovered patches` are older than that check and than the loss of another, which "
         "asked that unlearning no longer ends on the suspected label and failed good repairs.",
     ]
