@@ -7,9 +7,10 @@ import torch
 from tiny import CLASSES, NETS, Snapshot, build, make_clean
 from torch import nn
 
+from untrojan import model as model_module
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.model import Normalize, check, correct, logits, mode, require, seeded, share_sent
+from untrojan.model import Normalize, check, correct, faster, logits, mode, require, seeded, share_sent
 
 
 class Returns(nn.Module):
@@ -209,3 +210,37 @@ def test_the_share_sent_is_of_images_of_other_classes(label, share):
 def test_no_share_is_sent_where_all_are_of_the_label():
     clean = CleanSet(torch.rand(3, 1, 2, 2), torch.ones(3, dtype=torch.int64))
     assert share_sent(SaysBright(), clean, 1, torch.ones_like) == 0
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda: True)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_faster_network_gives_nearly_the_same_and_shares_the_weights(net):
+    clean = make_clean()
+    quick = faster(net, clean)
+    with mode(net, training=False), torch.no_grad():
+        assert torch.allclose(quick(clean.floats()).softmax(1), net(clean.floats()).softmax(1), atol=0.1)
+    assert [id(each) for each in quick.parameters()] == [id(each) for each in net.parameters()]
+    assert faster(quick, clean) is quick
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Conv2d(3, 2, 3), Returns(lambda out: out.view(len(out), -1))),
+        Returns(lambda images: 1e4 * (images.flatten(1)[:, :1] @ torch.tensor([[1, 1.002]]))),
+    ],
+    ids=["views a convolution", "rounds to something else"],
+)
+def test_a_network_that_cannot_run_faster_is_given_back(net):
+    assert faster(net, CleanSet(torch.full((4, 3, 4, 4), 0.3), torch.tensor([0, 1, 0, 1]))) is net
+
+
+def test_without_bfloat16_in_the_processor_nothing_is_faster(monkeypatch):
+    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda: False)
+    net = linear()
+    assert faster(net, make_clean()) is net

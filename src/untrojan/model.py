@@ -6,6 +6,7 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UntrojanError
+
+_ALIKE = 0.1
 
 
 class Normalize(nn.Module):
@@ -173,6 +176,53 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
 def correct(model: nn.Module, clean: CleanSet) -> Tensor:
     """Tell for each image whether the model gives its true label: bool `(N,)`."""
     return logits(model, clean).argmax(1) == clean.labels
+
+
+def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
+    """Give the same network, sharing its weights, for searches and training that bear rounding to eight bits.
+
+    Where the processor multiplies bfloat16 natively, it runs in that type and with the channels last, which takes half
+    the time or less. What is measured in the end is measured on the network itself.
+
+    Args:
+        model: The network.
+        clean: Two of these images show whether it can run so; one that cannot, for instance because it views the
+            output of a convolution in another shape, is given back as it is.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> clean = CleanSet(torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1]))
+        >>> (faster(net, clean)(clean.floats()) - net(clean.floats())).abs().max() < 0.1
+        tensor(True)
+    """
+    if isinstance(model, _Bfloat16) or not _multiplies_bfloat16():
+        return model
+    quick = _Bfloat16(model)
+    few = clean.take(range(min(2, len(clean)))).floats()
+    with mode(model, training=False):
+        try:
+            out = quick(few.requires_grad_())
+            torch.autograd.grad(out.sum(), few)
+        except RuntimeError:
+            return model
+        alike = (out.softmax(1) - model(few).softmax(1)).abs().max() < _ALIKE
+    return quick if alike else model
+
+
+class _Bfloat16(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def share_sent(model: nn.Module, clean: CleanSet, label: int, change: Callable[[Tensor], Tensor]) -> float:

@@ -19,6 +19,7 @@ from untrojan.defenses.checks import reachable
 from untrojan.defenses.tuning import Tuning
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
+from untrojan.model import faster
 from untrojan.record import Diagnosis
 from untrojan.scanners.inversion import Ball, Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, search
@@ -101,8 +102,8 @@ class Auto(Tuning):
             return model
         generator = torch.Generator().manual_seed(seed)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        student = model.eval()
-        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        teacher, student = faster(teacher, clean), faster(model, clean)
         triggers = _Triggers(label, clean.shape, generator)
         balls: list[tuple[Ball, float]] = [("l1", NORM * clean.images[0].numel())]
         spread = diagnosis.spread_over(label)

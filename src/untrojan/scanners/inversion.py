@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import mode, share_sent
+from untrojan.model import faster, mode, share_sent
 from untrojan.pictures import png
 
 FIRST_NORM = 2.0
@@ -79,10 +79,10 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
     generator = torch.Generator().manual_seed(seed)
     others = clean.take(clean.labels != label)
     shown = others.take(torch.randperm(len(others), generator=generator)[:IMAGES])
-    found = Perturbation(torch.zeros(clean.shape), FIRST_NORM)
+    found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), faster(model, clean)
     for number in range(ROUNDS):
         found = Perturbation(found.values, FIRST_NORM * GROWTH**number)
-        _improve(found, model, lambda: shown.batches(BATCH, generator), label, EPOCHS)
+        _improve(found, quick, lambda: shown.batches(BATCH, generator), label, EPOCHS)
         if found.success(model, others, label) >= ENOUGH:
             break
     return found
@@ -116,7 +116,9 @@ def bounded(
     """
     found = Perturbation(torch.zeros(clean.shape), norm)
     others = clean.take(clean.labels != label)
-    _improve(found, model, lambda: others.draws(SHORT_BATCH, steps, generator), label, epochs=1, ball=ball)
+    _improve(
+        found, faster(model, clean), lambda: others.draws(SHORT_BATCH, steps, generator), label, epochs=1, ball=ball
+    )
     return found
 
 

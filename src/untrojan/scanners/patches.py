@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import mode, share_sent
+from untrojan.model import faster, mode, share_sent
 from untrojan.pictures import png
 from untrojan.progress import stage
 
@@ -163,6 +163,7 @@ def search(
         Wang et al.: Neural Cleanse, IEEE S&P 2019, whose soft masks this replaces by windows.
     """
     rounds = min(ROUNDS, steps)
+    model = faster(model, clean)
     look = _Search(model, clean.take(clean.labels != label), label, generator, known, unguided=steps // rounds)
     with mode(model, training=False):
         fit(
