@@ -31,7 +31,8 @@ def with_square(clean):
 def triggers(count=3):
     made = _Triggers(1, (3, 8, 8), torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2, 2, 3, 3]]).repeat(count, 1)
-    made.add(Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count)))
+    found = Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count))
+    made.add(found, found.at(found.keys[:1]))
     made.faint.append(Perturbation(torch.full((3, 8, 8), 0.01), 1.92))
     return made
 
@@ -89,10 +90,10 @@ def test_what_works_is_remembered(falls):
     assert carriers.max() <= 1
     assert len(made.now) == len(made.patches.boxes) == len(made.patches.which) == len(made.patches.strength)
     if falls:
-        assert len(made.now) > 3
+        assert len(made.now) > 4
         assert (made.now > 0.9).all()
     else:
-        assert len(made.now) == 3
+        assert len(made.now) == 4
         assert (made.now < 0.6).all()
 
 

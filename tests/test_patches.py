@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import NETS, SQUARE, FallsForSquare, Snapshot, build, make_clean, make_dark
 
-from untrojan.scanners.patches import BoxDraws, HardPatch, Patches, search, smallest
+from untrojan.scanners.patches import BoxDraws, HardPatch, Patches, pinpoint, search, smallest
 
 
 def generator(seed=0):
@@ -70,6 +70,35 @@ def test_few_steps_and_few_images():
     found = search(FallsForSquare(), images.take([0, 1]), 1, generator(), steps=1)
     assert len(found.boxes) == 64
     assert ((found.strength >= 0) & (found.strength <= 1)).all()
+
+
+# Pinpointing
+
+
+class FallsForExactly(FallsForSquare):
+    """The surer the fewer pixels around the square are white as well."""
+
+    def forward(self, images):
+        out = super().forward(images)
+        around = images[:, 0, SQUARE - 3 : SQUARE + 5, SQUARE - 3 : SQUARE + 5].sum((1, 2))
+        inside = images[:, 0, SQUARE : SQUARE + 2, SQUARE : SQUARE + 2].sum((1, 2))
+        return out - torch.stack([torch.zeros_like(around), around - inside], 1)
+
+
+@pytest.mark.parametrize("backdoor", [60.0, 2.0])
+def test_climbing_ends_on_the_very_square_even_where_it_does_no_harm_any_more(backdoor):
+    images, model = make_dark(), FallsForExactly(backdoor)
+    start = Patches(torch.ones(1, 1, 16, 16), torch.tensor([[4, 4, 7, 7]]), torch.tensor([0]), torch.tensor([1.0]))
+    found = pinpoint(model, images, 1, start, generator())
+    assert found.keys[0].tolist() == [2, 2, SQUARE, SQUARE, 0]
+    assert len(found.boxes) == 2
+
+
+def test_two_patches_of_each_pattern_are_kept():
+    images = make_dark()
+    found = pinpoint(FallsForSquare(), images, 1, search(FallsForSquare(), images, 1, generator()), generator())
+    assert found.which.bincount().tolist() == [2] * len(found.patterns)
+    assert len(found.keys.unique(dim=0)) == len(found.boxes)
 
 
 # Boxes

@@ -22,13 +22,13 @@ from untrojan.fit import fit
 from untrojan.model import faster
 from untrojan.record import Diagnosis
 from untrojan.scanners.inversion import Ball, Perturbation, bounded
-from untrojan.scanners.patches import BoxDraws, Patches, search
+from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search
 
 NORM = 0.005
-DECAY = 0.97
+DECAY = 0.95
 CLIP = 5.0
 PERTURBED = 0.25
-REMEMBERED = 0.05
+REMEMBERED = 0.01
 LONGEST = 1.5
 OTHER_PATTERN = 0.5
 VARIED = 0.5
@@ -42,12 +42,14 @@ class Auto(Tuning):
     """Recover triggers of the suspected label, teach the model to ignore them, and look again, round by round.
 
     Each round searches the model as it then is for what still sends images to the label: small patches of full opacity,
-    at any place, and one faint perturbation. Then the model is trained to give, on images that carry what any round
-    found, the output that the original gives on the same images without it, and on clean images the output of the
-    original. A quarter of the images carry a perturbation and the others a patch, the one of four that works best on
-    the model as it is; what works is varied and remembered. Running statistics and dropout stay as they are, and the
-    weights delivered are a moving average. Where the scan found a trigger that is spread over the image, each round
-    also searches a perturbation as strong as that, and three quarters of the images carry one.
+    at any place, and one faint perturbation. From the patches found it climbs to those with which the model is surest
+    of the label, often the very trigger. Then the model is trained to give, on images that carry what any round found,
+    the output that the original gives on the same images without it, and on clean images the output of the original.
+    A quarter of the images carry a perturbation and the others a patch, the one of four that works best on the model
+    as it is, of which one is a patch that some round was surest with; what works is varied and remembered. Running
+    statistics and dropout stay as they are, and the weights delivered are a moving average. Where the scan found a
+    trigger that is spread over the image, each round also searches a perturbation as strong as that, and three quarters
+    of the images carry one.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -62,10 +64,10 @@ class Auto(Tuning):
         Clean images.
 
     Cost:
-        With the defaults about 490,000 F whatever the number of images, 980 F per image with 500, F being one image
+        With the defaults about 690,000 F whatever the number of images, 1,400 F per image with 500, F being one image
         through the network once: per update 4 F for each of 128 images and 1 F for each of 192 stamped ones that are
         tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in that for the
-        perturbation.
+        perturbation, and 1 F for each of up to 26,000 on which patches are compared.
 
     Example:
         >>> from untrojan.sources.nets import build
@@ -112,7 +114,8 @@ class Auto(Tuning):
             triggers.perturbed = 1 - PERTURBED
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
-            triggers.add(search(student, clean, label, generator, triggers.patches, self.search_steps, detail))
+            found = search(student, clean, label, generator, triggers.patches, self.search_steps, detail)
+            triggers.add(found, pinpoint(student, clean, label, found, generator, detail))
             for ball, norm in balls:
                 triggers.faint.append(bounded(student, clean, label, norm, generator, ball))
             self._unlearn(student, teacher, average, clean, triggers, detail)
@@ -144,7 +147,7 @@ class Auto(Tuning):
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, augment):
-                yield torch.cat([_mixed(images[: self.batch_size], generator), images[self.batch_size :]]), labels
+                yield _mixed(images, generator), labels
 
         fit(
             list(student.parameters()),
@@ -169,12 +172,17 @@ class _Triggers:
         self.boxes = BoxDraws(*shape[1:], generator)
         self.patches = Patches.none(shape)
         self.now = torch.zeros(0)
+        self.pinned = torch.zeros(0, dtype=torch.int64)
         self.faint: list[Perturbation] = []
         self.perturbed = PERTURBED
 
-    def add(self, patches: Patches) -> None:
-        self.patches = self.patches.joined(patches)
-        self.now = torch.cat([self.now, patches.strength])
+    def add(self, found: Patches, surest: Patches) -> None:
+        """Add what a search found; one of the patches with which a model is surest is tried on every image."""
+        rows = len(self.patches.boxes) + len(found.boxes)
+        self.pinned = torch.cat([self.pinned, rows + torch.arange(len(surest.boxes))])
+        found = found.added(surest.keys, torch.ones(len(surest.boxes)))
+        self.patches = self.patches.joined(found)
+        self.now = torch.cat([self.now, found.strength])
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
         """Give a share of the images a perturbation, and each of the others the best of a few patches."""
@@ -188,28 +196,34 @@ class _Triggers:
     def _patched(self, images: Tensor, student: nn.Module) -> Tensor:
         known = self.patches
         weights = self.now**2 + REMEMBERED * known.strength**2 + TINY
-        rows = torch.multinomial(weights, TRIED * len(images), replacement=True, generator=self.generator)
+        count = len(images)
+        pinned = self.pinned[torch.multinomial(weights[self.pinned], count, True, generator=self.generator)]
+        others = torch.multinomial(weights, (TRIED - 1) * count, True, generator=self.generator)
+        rows = torch.cat([pinned, others])
         varied = torch.rand(len(rows), generator=self.generator) < VARIED
-        boxes, which = known.boxes[rows], known.which[rows]
-        boxes[varied] = self.boxes.varied(boxes[varied])
+        varied[:count] = False
+        keys = known.keys[rows]
+        keys[varied, :4] = self.boxes.varied(keys[varied, :4])
         other = varied & (torch.rand(len(rows), generator=self.generator) < OTHER_PATTERN)
-        which[other] = torch.randint(len(known.patterns), (int(other.sum()),), generator=self.generator)
-        tried = Patches(known.patterns, boxes, which, torch.zeros(len(rows)))
+        keys[other, 4] = torch.randint(len(known.patterns), (int(other.sum()),), generator=self.generator)
+        tried = known.at(keys)
         stamped = tried.stamp(images.repeat(TRIED, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
             strength = student(stamped).softmax(1)[:, self.label].nan_to_num(0)
-        self.now[rows[~varied]] = (self.now[rows[~varied]] + strength[~varied]) / 2
+        self._update(rows[~varied], strength[~varied])
         new = varied & (strength > 0.5)
-        self.patches = known._replace(
-            boxes=torch.cat([known.boxes, boxes[new]]),
-            which=torch.cat([known.which, which[new]]),
-            strength=torch.cat([known.strength, strength[new]]),
-        )
+        self.patches = known.added(keys[new], strength[new])
         self.now = torch.cat([self.now, strength[new]])
-        best = strength.view(TRIED, -1).argmax(0) * len(images) + torch.arange(len(images))
-        opacity = 1 - FAINTEST * torch.rand(len(images), 1, 1, 1, generator=self.generator)
-        opacity[torch.rand(len(images), generator=self.generator) < 0.5] = 1
+        best = strength.view(TRIED, -1).argmax(0) * count + torch.arange(count)
+        opacity = 1 - FAINTEST * torch.rand(count, 1, 1, 1, generator=self.generator)
+        opacity[torch.rand(count, generator=self.generator) < 0.5] = 1
         return torch.lerp(images, stamped[best], opacity)
+
+    def _update(self, rows: Tensor, strength: Tensor) -> None:
+        """Move what is known of each patch half of the way to the mean of what its tries gave."""
+        tries = rows.bincount(minlength=len(self.now))
+        mean = rows.bincount(strength, minlength=len(self.now)) / tries.clamp(min=1)
+        self.now = torch.where(tries > 0, (self.now + mean) / 2, self.now)
 
 
 def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:

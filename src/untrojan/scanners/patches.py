@@ -6,6 +6,7 @@ optimized while random windows of them are stamped, which makes every place of a
 Windows that worked are drawn again: moved a little, made smaller, with another pattern.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ PATTERNS = 4
 ROUNDS = 5
 REMEMBERED = 60
 ENOUGH = 0.95
+CLIMBS = 8
+CLIMB_TRIES = 16
+CLIMB_IMAGES = 16
 _TINY = 1e-9
 
 
@@ -55,6 +59,11 @@ class Patches(NamedTuple):
         return self.boxes[:, 0] * self.boxes[:, 1]
 
     @property
+    def keys(self) -> Tensor:
+        """What tells patches apart, the box and the pattern of each: `(N, 5)`."""
+        return torch.cat([self.boxes, self.which[:, None]], 1)
+
+    @property
     def weights(self) -> Tensor:
         """How much each patch matters: strong ones do, and the small ones of these most."""
         return (self.strength**2 + _TINY) / self.areas.sqrt()
@@ -64,6 +73,10 @@ class Patches(NamedTuple):
         small = self.areas <= max(area, int(self.areas.min()))
         return self._replace(boxes=self.boxes[small], which=self.which[small], strength=self.strength[small])
 
+    def at(self, keys: Tensor) -> "Patches":
+        """Patches of the same patterns that were not tried yet, by their keys `(N, 5)`."""
+        return self._replace(boxes=keys[:, :4], which=keys[:, 4], strength=torch.zeros(len(keys)))
+
     def stamp(self, images: Tensor, rows: Tensor) -> Tensor:
         """Put patch `rows[i]` onto image `i`."""
         masks = _masks(self.boxes[rows], images.shape[-2], images.shape[-1])
@@ -72,6 +85,14 @@ class Patches(NamedTuple):
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw patches by their weights, with replacement: rows `(count,)`."""
         return torch.multinomial(self.weights, count, replacement=True, generator=generator)
+
+    def added(self, keys: Tensor, strength: Tensor) -> "Patches":
+        """These patches and others of the same patterns."""
+        return self._replace(
+            boxes=torch.cat([self.boxes, keys[:, :4]]),
+            which=torch.cat([self.which, keys[:, 4]]),
+            strength=torch.cat([self.strength, strength]),
+        )
 
     def joined(self, other: "Patches") -> "Patches":
         """These patches and others, patterns included."""
@@ -179,6 +200,71 @@ def search(
     return look.found(steps // rounds * rounds // 2)
 
 
+def pinpoint(
+    model: nn.Module, clean: CleanSet, label: int, patches: Patches, generator: torch.Generator, detail: str = ""
+) -> Patches:
+    """Move and resize the patches that work best until the network is surest of the label.
+
+    Many patches near a trigger work, and a network that learned to ignore these may still fall for the trigger itself.
+    It is surest of the label where a patch is the very one that it was trained with, by a wide margin, also where no
+    patch works any more; so climbing leads there.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images to stamp, with at least one of another class.
+        label: Where to send them.
+        patches: Where to start: those of each size that work best.
+        generator: Decides everything random.
+        detail: Which of several climbs this is, for progress.
+
+    Returns:
+        The two surest of each pattern, with the same patterns.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> found = search(net, images, 1, generator, steps=10)
+        >>> pinpoint(net, images, 1, found, generator).boxes.shape
+        torch.Size([12, 4])
+    """
+    quick = faster(model, clean)
+    others = clean.take(clean.labels != label)
+    shown = others.take(torch.randperm(len(others), generator=generator)[:CLIMB_IMAGES]).floats()
+    draws = BoxDraws(*clean.shape[1:], generator)
+    keys, _, mean = _means(patches)
+    best = patches.at(keys[_two_of_each_pattern(keys, mean)])
+    with stage("pinpoint patches", total=CLIMBS, detail=detail) as advance, mode(model, training=False):
+        for _ in range(CLIMBS):
+            near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
+            near[:, :4] = draws.varied(near[:, :4])
+            keys = torch.cat([best.keys, near]).unique(dim=0)
+            best = patches.at(keys[_two_of_each_pattern(keys, _margins(quick, shown, label, patches.at(keys)))])
+            advance()
+    return best
+
+
+def _margins(model: nn.Module, images: Tensor, label: int, patches: Patches) -> Tensor:
+    """How far the logit of a label is above all others on images with each patch, on average: `(N,)`."""
+    margins = []
+    with torch.no_grad():
+        for row in range(len(patches.boxes)):
+            out = model(patches.stamp(images, torch.full((len(images),), row)))
+            others = out.index_fill(1, torch.tensor([label]), -math.inf).amax(1)
+            margins.append((out[:, label] - others).mean())
+    return torch.stack(margins)
+
+
+def _two_of_each_pattern(keys: Tensor, scores: Tensor) -> list[int]:
+    """Rows of the two keys of each pattern that score highest."""
+    taken: dict[int, list[int]] = {}
+    for row in scores.argsort(descending=True, stable=True).tolist():
+        rows = taken.setdefault(int(keys[row, 4]), [])
+        if len(rows) < 2:
+            rows.append(row)
+    return [row for rows in taken.values() for row in rows]
+
+
 def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) -> HardPatch:
     """The smallest patch that sends 95 % of the images of other classes to a label, or else the one that sends most.
 
@@ -224,13 +310,18 @@ def measured(
 
 def _candidates(patches: Patches) -> list[int]:
     """Rows of the patches of each size that did best over all images they were tried on, one of each size."""
-    keys, group = torch.cat([patches.boxes, patches.which[:, None]], 1).unique(dim=0, return_inverse=True)
-    tries = torch.zeros(len(keys)).index_add(0, group, torch.ones(len(group)))
-    mean = torch.zeros(len(keys)).index_add(0, group, patches.strength) / (tries + 1)
+    _, group, mean = _means(patches)
     best: dict[int, int] = {}
     for row in mean[group].argsort(descending=True, stable=True).tolist():
         best.setdefault(int(patches.areas[row]), row)
     return list(best.values())
+
+
+def _means(patches: Patches) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct patches by their keys, which of them each patch is, and how strong each was, less with few tries."""
+    keys, group = patches.keys.unique(dim=0, return_inverse=True)
+    tries = torch.zeros(len(keys)).index_add(0, group, torch.ones(len(group)))
+    return keys, group, torch.zeros(len(keys)).index_add(0, group, patches.strength) / (tries + 1)
 
 
 class BoxDraws:
