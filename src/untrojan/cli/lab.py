@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from untrojan.cli.options import field_cards, json_option, show_cards
+from untrojan.cli.train import train
 from untrojan.lab.attack import Attack
 from untrojan.registry import discover, documentation
 
@@ -14,6 +15,9 @@ from untrojan.registry import discover, documentation
 @click.group()
 def lab() -> None:
     """Evaluate: plant backdoors and measure what defenses do about them."""
+
+
+lab.add_command(train)
 
 
 @lab.command()

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,12 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from untrojan.data import Augment, CleanSet, size_without_single
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.fit import fit
+from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.model import seeded
+from untrojan.model import random_state, seeded, set_random_state
+
+State = Mapping[str, Any]
+"""Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
 
 
 def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None = None, seed: int = 0) -> CleanSet:
@@ -84,6 +89,8 @@ def train(
     smoothing: float = 0.0,
     augment: Augment | None = None,
     bf16: bool = False,
+    after_epoch: Callable[[nn.Module, State], str] | None = None,
+    begin: State | None = None,
 ) -> nn.Module:
     """Train a copy of a network by SGD with momentum on the cross-entropy, with a one-cycle learning rate.
 
@@ -100,6 +107,11 @@ def train(
         smoothing: Label smoothing in [0, 1).
         augment: Changes each batch of images, for instance :func:`untrojan.data.crop_flip`.
         bf16: Multiply in bfloat16, which many processors do faster.
+        after_epoch: Called after each epoch with the network as it is and with all that it takes to go on from there,
+            tensors that later steps write to among it; what it returns is shown with the progress.
+        begin: Go on from there, where `after_epoch` of a call with the same arguments was given it, also after it was
+            saved as :func:`untrojan.lab.checkpoint.save` does. On one version of torch, with as many threads, the
+            result is then that of a call that was never interrupted, bit for bit.
 
     Returns:
         The trained network, in evaluation mode.
@@ -126,7 +138,17 @@ def train(
             out = trained(batch).float()
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
+    def told(standing: Standing) -> str:
+        if after_epoch is None:
+            return ""
+        state = {"net": trained.state_dict(), "batches": generator.get_state(), "random": random_state()}
+        return after_epoch(trained, state | {"fit": standing._asdict()})
+
     with seeded(seed):
+        if begin is not None:
+            trained.load_state_dict(begin["net"])
+            generator.set_state(begin["batches"])
+            set_random_state(begin["random"])
         done = fit(
             list(trained.parameters()),
             step,
@@ -136,10 +158,16 @@ def train(
             name="train",
             schedule=partial(OneCycleLR, max_lr=lr, total_steps=epochs * math.ceil(len(images) / size)),
             schedule_steps=True,
+            after_epoch=told,
+            begin=None if begin is None else _standing(begin["fit"]),
         )
     if done.diverged_at is not None:
         raise ModelError(f"training left the numbers at step {done.diverged_at}; lower lr, now {lr}")
     return trained.eval()
+
+
+def _standing(state: State) -> Standing:
+    return Standing(**{**state, "epochs": [Epoch(*epoch) for epoch in state["epochs"]]})
 
 
 def _as(dtype: torch.dtype, images: Tensor) -> Tensor:
