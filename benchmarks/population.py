@@ -129,7 +129,7 @@ POISONED = [
     *(
         Member("gtsrb", "small-vgg", 0, attack, 7, rate)
         for rate in (0.01, 0.001)
-        for attack in ("badnets:pattern=grid", "blend", "wanet")
+        for attack in ("badnets:pattern=grid", "blend")
     ),
 ]
 MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED, *POISONED)}

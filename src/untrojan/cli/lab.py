@@ -45,6 +45,7 @@ def _card(attack: type[Attack]) -> dict[str, Any]:
         "rate": attack.rate,
         "covers": attack.covers,
         "clean_label": attack.clean_label,
+        "changes_batches": attack.changes_batches(),
         "deviations": told.line("Deviations"),
         "references": told.references,
         "fields": field_cards(attack),
@@ -52,7 +53,8 @@ def _card(attack: type[Attack]) -> dict[str, Any]:
 
 
 def _poisons(card: Mapping[str, Any]) -> str:
-    whose = "the target class, labels unchanged" if card["clean_label"] else "all images, from other classes"
+    of = "every batch, anew" if card["changes_batches"] else "all images"
+    whose = "the target class, labels unchanged" if card["clean_label"] else f"{of}, from other classes"
     covers = f"; cover samples: {card['covers']:g} times as many" if card["covers"] else ""
     return f"{100 * card['rate']:g} % of {whose}{covers}"
 

@@ -16,6 +16,8 @@ from untrojan.errors import ConfigError, DataError
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.evaluate import Scores, evaluate
+from untrojan.lab.learned import Learned
+from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
 from untrojan.model import require
 from untrojan.record import RECORD, AnyRecord, CleanInfo, ModelInfo, environment, peak_memory, staged, write_atomic
@@ -23,7 +25,7 @@ from untrojan.registry import describe
 from untrojan.run import clean_info, collected, model_info, tensors_of
 from untrojan.sources.files import save_state, state_sha256
 
-MODEL = "model.safetensors"
+MODEL, ATTACK = "model.safetensors", "attack.safetensors"
 HELD_OUT = 0.2
 TOOK, TOOK_CLEAN_LABEL = 0.9, 0.7
 """The attack success rates from which on an attack took, in [0, 1]."""
@@ -80,8 +82,8 @@ class VictimRecord(AnyRecord):
 
     `recipe` holds all that decides the result: the network and its initial weights, the images before and after the
     attack, the attack with its target and rate, the seed, and how the network was trained. `clean` are the training
-    images before `poisoned` of them were changed; `test` are the images behind `epochs` and `scores`, a part of the
-    data that was not trained on where `held_out` is set.
+    images before `poisoned` of them were changed; that is `None` where the attack changes every batch anew. `test` are
+    the images behind `epochs` and `scores`, a part of the data that was not trained on where `held_out` is set.
     """
 
     kind: Literal["victim"] = "victim"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -90,7 +92,7 @@ class VictimRecord(AnyRecord):
     net: str | None = None
     recipe: dict[str, Any]
     clean: CleanInfo
-    poisoned: int
+    poisoned: int | None
     test: CleanInfo
     held_out: bool
     epochs: list[EpochLog]
@@ -103,18 +105,21 @@ class VictimRecord(AnyRecord):
 
 
 class Victim(NamedTuple):
-    """A trained network, in evaluation mode, its record, and the file that can go once both are saved."""
+    """A trained network, in evaluation mode, its record, the attack with what it learned, and its checkpoint."""
 
     model: nn.Module
     record: VictimRecord
+    attack: Attack | None
     checkpoint: Path | None
 
     def save(self, folder: str | Path, force: bool = False) -> None:
-        """Write `model.safetensors` and `record.json`; the folder appears whole, and then the checkpoint goes.
+        """Write `model.safetensors`, `record.json` and, where the attack has learned its trigger, `attack.safetensors`.
+
+        The folder appears whole, and then the checkpoint goes.
 
         Args:
             folder: Where to; made if it is not there.
-            force: Replace these two files when the folder holds something already.
+            force: Replace these files when the folder holds something already.
 
         Raises:
             ConfigError: The folder is not empty and `force` is not set.
@@ -122,6 +127,8 @@ class Victim(NamedTuple):
         """
         with staged(folder, force) as made:
             save_state(made / MODEL, tensors_of(self.model))
+            if isinstance(self.attack, Learned):
+                save_state(made / ATTACK, self.attack.network(self.record.clean.shape[0]).state_dict())
             write_atomic(made / RECORD, self.record.to_json().encode())
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
@@ -177,7 +184,8 @@ def make_victim(
     require(net, images)
     _require_attack(attack, target, rate, judge, images.num_classes)
     with collected() as warned:
-        shown = images if attack is None or target is None else poison(images, attack, target, rate, seed)
+        shown, online = _planted(images, attack, target, rate, seed)
+        attack = online.attack if online else attack
         told = {
             "architecture": type(net).__name__,
             "initial_sha256": state_sha256(tensors_of(net)),
@@ -186,13 +194,13 @@ def make_victim(
             "test_sha256": judge.sha256,
             "attack": None if attack is None else {"name": attack.name, "fields": describe(attack)},
             "target": target,
-            "rate": attack.rate if attack is not None and rate is None else rate,
+            "rate": None if attack is None else attack.rate_or(rate),
             "seed": seed,
             **dataclasses.asdict(recipe),
         }
         log = _Log(checkpoint, told, judge, attack, target)
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
-        model = train(net, shown, seed=seed, after_epoch=log.keep, begin=log.begin, **how)
+        model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
     with torch.no_grad():
         classes = model(images.take([0]).floats()).shape[1]
@@ -201,7 +209,7 @@ def make_victim(
         reason=_reason(scores, attack),
         recipe=told,
         clean=clean_info(images, classes),
-        poisoned=int((shown.images != images.images).flatten(1).any(1).sum()),
+        poisoned=None if online else int((shown.images != images.images).flatten(1).any(1).sum()),
         test=clean_info(judge, classes),
         held_out=test is None,
         epochs=log.epochs,
@@ -211,7 +219,17 @@ def make_victim(
         environment=environment(),
         warnings=[str(warning.message) for warning in warned],
     )
-    return Victim(model, record, checkpoint)
+    return Victim(model, record, attack, checkpoint)
+
+
+def _planted(
+    images: CleanSet, attack: Attack | None, target: Target | None, rate: float | None, seed: int
+) -> tuple[CleanSet, Online | None]:
+    """The images to train on, and what the attack does to every batch of them."""
+    if attack is None or target is None:
+        return images, None
+    online = attack.online(images, target, rate, seed)
+    return (images, online) if online else (poison(images, attack, target, rate, seed), None)
 
 
 class _Log:
