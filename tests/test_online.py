@@ -24,7 +24,7 @@ from untrojan.lab.recipe import ATTACK, Recipe, make_victim
 from untrojan.lab.victim import poison, train
 from untrojan.model import seeded
 from untrojan.registry import describe, discover, parse
-from untrojan.sources.files import save_state
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
 
 LEARNED = [InputAware(), LIRA(eps=0.1), SSBA(bits=4)]
@@ -230,6 +230,12 @@ class TestTrigger:
             opened.trigger(torch.zeros(1, 3, 8, 8))
 
     @pytest.mark.parametrize("attack", LEARNED, ids=named)
+    def test_weights_are_not_trained_on(self, attack, tmp_path):
+        given = type(attack)(**describe(attack) | {"weights": tmp_path / "w.safetensors"})
+        with pytest.raises(ConfigError, match="leave them out to train"):
+            given.online(stripes(), target=1)
+
+    @pytest.mark.parametrize("attack", LEARNED, ids=named)
     def test_a_network_is_no_field(self, attack):
         made = learned(attack)
         assert describe(made) == describe(attack)
@@ -410,8 +416,9 @@ def test_it_can_be_learned_from_few_images(attack, epochs, lr, rate, reached, di
     assert record.poisoned is None
     assert record.scores.attack.fields == describe(attack)
     victim.save(tmp_path / "out")
-    assert (tmp_path / "out" / ATTACK).exists() == isinstance(attack, Learned)
+    assert (tmp_path / "out" / ATTACK).exists() == isinstance(attack, Learned) == bool(record.attack_sha256)
     if isinstance(attack, Learned):
+        assert state_sha256(Checkpoint.read(tmp_path / "out" / ATTACK).tensors) == record.attack_sha256
         given = describe(attack) | {"weights": tmp_path / "out" / ATTACK}
         spec = f"{attack.name}:" + ",".join(f"{name}={value}" for name, value in given.items())
         opened = parse(spec, "untrojan.lab.attacks", Attack)

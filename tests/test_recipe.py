@@ -16,7 +16,7 @@ from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import MODEL, Recipe, VictimRecord, make_victim
 from untrojan.lab.victim import poison
 from untrojan.record import RECORD
-from untrojan.sources.files import Checkpoint, state_sha256
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
 
 PATCH = BadNets(size=2)
 
@@ -298,6 +298,13 @@ class TestResume:
         file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(RecordError, match="damaged"):
             make(checkpoint=file)
+
+
+@pytest.mark.parametrize("texts", [{}, {"recipe": "{}"}, {"recipe": "{}", "state": '{"tensor": "0"}'}, {"recipe": "{"}])
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, texts):
+    save_state(tmp_path / "file", {}, {"format": checkpoint.FORMAT} | texts)
+    with pytest.raises(RecordError, match="file is damaged"):
+        checkpoint.load(tmp_path / "file", {})
 
 
 def test_a_checkpoint_keeps_what_it_is_given(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from untrojan.cli import run
-from untrojan.lab.recipe import MODEL, Recipe, VictimRecord
+from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord
 from untrojan.record import RECORD
 from untrojan.registry import fields
 
@@ -59,6 +59,21 @@ def test_a_victim(command, tmp_path, capsys):
     measured = ["evaluate", tmp_path / "out" / MODEL, "--net", "digits-cnn", "--test", record.clean.path]
     assert run([*map(str, measured), "--attack", "badnets:size=2", "--target", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["asr"]["value"] > 0.9
+
+
+def test_a_trigger_that_was_learned_is_written_too_and_can_be_measured(tmp_path, digits, capsys):
+    given = ["lab", "train", "--net", "digits-cnn", "--data", digits, "--attack", "lira:eps=0.1,lr=0.01", "--target=7"]
+    assert run([*map(str, given), "--epochs=3", "--batch-size=64", "--out", str(tmp_path / "out"), "--json"]) in (0, 2)
+    record = json.loads(capsys.readouterr().out)
+    learned = tmp_path / "out" / ATTACK
+    images = ["--net", "digits-cnn", "--test", digits, "--target=7", "--json"]
+    spec = f"lira:eps=0.1,weights={learned}"
+    assert run([*map(str, ["evaluate", tmp_path / "out" / MODEL, *images, "--attack", spec])]) == 0
+    assert json.loads(capsys.readouterr().out)["asr"]["value"] == pytest.approx(
+        record["scores"]["asr"]["value"], abs=0.1
+    )
+    assert run([*map(str, ["evaluate", tmp_path / "out" / MODEL, *images, "--attack", "lira"])]) == 4
+    assert "lira:weights=FOLDER/attack.safetensors" in capsys.readouterr().err
 
 
 def test_an_attack_that_did_not_take(command, tmp_path, capsys):

@@ -20,7 +20,7 @@ from untrojan.cli.options import (
 )
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
-from untrojan.lab.recipe import MODEL, Recipe, VictimRecord, make_victim
+from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, make_victim
 from untrojan.model import seeded
 from untrojan.record import RECORD
 from untrojan.registry import parse
@@ -115,4 +115,6 @@ def _checkpoint(out: Path, resume: bool, force: bool) -> Path:
 
 
 def _summary(record: VictimRecord, out: Path) -> str:
-    return f"{record.status}: {record.reason}\n{table(record.scores)}\nwrote {out / MODEL}, {out / RECORD}"
+    files = (MODEL, ATTACK, RECORD) if record.attack_sha256 else (MODEL, RECORD)
+    wrote = ", ".join(str(out / name) for name in files)
+    return f"{record.status}: {record.reason}\n{table(record.scores)}\nwrote {wrote}"

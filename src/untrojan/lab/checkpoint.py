@@ -53,11 +53,15 @@ def load(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise RecordError(str(error)) from error
     if texts.get("format") != FORMAT:
         raise RecordError(f"{path} is not an interrupted training that this untrojan can go on with")
-    known, wanted = json.loads(texts["recipe"]), json.loads(json.dumps(recipe))
+    try:
+        known, state = json.loads(texts["recipe"]), _deep(json.loads(texts["state"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is damaged: what it says of the training cannot be read") from error
+    wanted = json.loads(json.dumps(recipe))
     if differing := [key for key in known | wanted if known.get(key) != wanted.get(key)]:
         told = "; ".join(f"{key} is {_told(known.get(key))} there, {_told(wanted.get(key))} here" for key in differing)
         raise RecordError(f"{path} is where a training of another recipe was interrupted: {told}")
-    return _deep(json.loads(texts["state"]), tensors)
+    return state
 
 
 def _told(value: object) -> str:

@@ -40,6 +40,16 @@ class Learned(Attack):
     def change(self, images: Tensor, network: nn.Module) -> Tensor:
         """Put the trigger on images `(N, C, H, W)` in [0, 1], with gradients reaching the network."""
 
+    def begun(self, channels: int) -> Self:
+        """Give the attack with an untrained network.
+
+        Raises:
+            ConfigError: It has weights already.
+        """
+        if self.weights is not None:
+            raise ConfigError(f"{self.name}: weights are what a training has learned; leave them out to train")
+        return self.with_network(self._network(channels))
+
     def with_network(self, network: nn.Module) -> Self:
         """Give the attack with a network, which may be trained on; its fields stay as they are."""
         made = copy.copy(self)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from untrojan.data import Augment, CleanSet, crop, crop_flip
 from untrojan.errors import ConfigError, DataError
@@ -84,6 +84,7 @@ class VictimRecord(AnyRecord):
     attack, the attack with its target and rate, the seed, and how the network was trained. `clean` are the training
     images before `poisoned` of them were changed; that is `None` where the attack changes every batch anew. `test` are
     the images behind `epochs` and `scores`, a part of the data that was not trained on where `held_out` is set.
+    `attack_sha256` is the hash of the tensors of a trigger that was learned.
     """
 
     kind: Literal["victim"] = "victim"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,6 +99,7 @@ class VictimRecord(AnyRecord):
     epochs: list[EpochLog]
     scores: Scores
     model: ModelInfo
+    attack_sha256: str | None
     peak_memory_bytes: int
     environment: dict[str, str]
     command: str | None = None
@@ -127,8 +129,8 @@ class Victim(NamedTuple):
         """
         with staged(folder, force) as made:
             save_state(made / MODEL, tensors_of(self.model))
-            if isinstance(self.attack, Learned):
-                save_state(made / ATTACK, self.attack.network(self.record.clean.shape[0]).state_dict())
+            if learned := _learned(self.attack, self.record.clean.shape[0]):
+                save_state(made / ATTACK, learned)
             write_atomic(made / RECORD, self.record.to_json().encode())
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
@@ -202,6 +204,7 @@ def make_victim(
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
+    learned = _learned(attack, images.shape[0])
     with torch.no_grad():
         classes = model(images.take([0]).floats()).shape[1]
     record = VictimRecord(
@@ -215,11 +218,17 @@ def make_victim(
         epochs=log.epochs,
         scores=scores,
         model=model_info(model, tensors_of(model), classes, None),
+        attack_sha256=state_sha256(learned) if learned else None,
         peak_memory_bytes=peak_memory(),
         environment=environment(),
         warnings=[str(warning.message) for warning in warned],
     )
     return Victim(model, record, attack, checkpoint)
+
+
+def _learned(attack: Attack | None, channels: int) -> dict[str, Tensor]:
+    """The tensors behind a trigger that was learned, none where it was not."""
+    return attack.network(channels).state_dict() if isinstance(attack, Learned) else {}
 
 
 def _planted(

@@ -70,7 +70,7 @@ class InputAware(Learned):
         return images.lerp(pattern_of(images, network), mask_of(images, network))
 
     def _online(self, clean: CleanSet, target: Target, rate: float) -> Online:
-        return _Learning(self.with_network(self._network(clean.shape[0])), target, rate, clean)
+        return _Learning(self.begun(clean.shape[0]), target, rate, clean)
 
 
 def mask_of(images: Tensor, network: nn.Module) -> Tensor:

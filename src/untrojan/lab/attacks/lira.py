@@ -62,7 +62,7 @@ class LIRA(Learned):
         return (images + self.eps * torch.tanh(network(images))).clamp(0, 1)
 
     def _online(self, clean: CleanSet, target: Target, rate: float) -> Online:
-        return _Learning(self.with_network(self._network(clean.shape[0])), target, rate, clean)
+        return _Learning(self.begun(clean.shape[0]), target, rate, clean)
 
 
 class _Learning(Online):

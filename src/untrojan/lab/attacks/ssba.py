@@ -81,7 +81,7 @@ class SSBA(Learned):
         return (images + self.strength * network(images, secrets)).clamp(0, 1)
 
     def _online(self, clean: CleanSet, target: Target, rate: float) -> Online:
-        return _Hiding(self.with_network(self._network(clean.shape[0])), target, rate, clean)
+        return _Hiding(self.begun(clean.shape[0]), target, rate, clean)
 
 
 class _Hiding(EachBatch):
