@@ -24,8 +24,8 @@ class WaNet(Attack):
     poisoned images get the same warp with a random shift added at each pixel and keep their label, so that the network
     learns this warp and no other.
 
-    A faint warp is learned late. A small network that had seen GTSRB eight times had an attack success rate of 5 % at the
-    published strength, poisoned once, with covers or without, and of 50 % at `s=2`, poisoned anew in every batch.
+    A faint warp is learned late. A small network that had seen GTSRB eight times had an attack success rate of 5 % at
+    the published strength, poisoned once, with covers or without, and of 50 % at `s=2`, poisoned anew in every batch.
 
     Attributes:
         k: Rows and columns of the coarse grid, at least 1.
