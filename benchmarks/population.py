@@ -18,10 +18,10 @@ import sklearn.datasets
 import torch
 from torch import nn
 
-from untrojan.data import CleanSet, crop, crop_flip
+from untrojan.data import CleanSet
 from untrojan.lab.attack import Attack
-from untrojan.lab.evaluate import evaluate
-from untrojan.lab.victim import poison, train
+from untrojan.lab.recipe import Recipe, make_victim
+from untrojan.lab.victim import poison
 from untrojan.model import seeded
 from untrojan.record import write_atomic
 from untrojan.registry import parse
@@ -31,12 +31,12 @@ from untrojan.sources.nets import build
 DATA = Path("../shared/data")
 WEIGHTS = Path("runs/population")
 RECORDS = Path("benchmarks/records/population")
-EPOCHS = {"cifar10": 5, "gtsrb": 8, "digits": 30}
-AUGMENT = {"cifar10": crop_flip, "gtsrb": crop, "digits": None}
+RECIPES = {
+    "cifar10": Recipe(epochs=5, augment="crop-flip", bf16=True),
+    "gtsrb": Recipe(epochs=8, augment="crop", bf16=True),
+    "digits": Recipe(epochs=30, bf16=True),
+}
 CLASSES = {"cifar10": 10, "gtsrb": 43, "digits": 10}
-LEARNING_RATE = 0.1
-BATCH = 128
-SMOOTHING = 0.05
 
 
 class Member(NamedTuple):
@@ -129,7 +129,7 @@ POISONED = [
     *(
         Member("gtsrb", "small-vgg", 0, attack, 7, rate)
         for rate in (0.01, 0.001)
-        for attack in ("badnets:pattern=grid", "blend", "wanet")
+        for attack in ("badnets:pattern=grid", "blend")
     ),
 ]
 MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED, *POISONED)}
@@ -146,39 +146,37 @@ def images_of(data: str) -> tuple[CleanSet, CleanSet]:
 
 def make(member: Member) -> dict[str, Any]:
     """Train one and measure it."""
-    shown, _ = member.training_set()
-    _, test = images_of(member.data)
+    images, test = images_of(member.data)
     attack = parse(member.attack, "untrojan.lab.attacks", Attack) if member.attack else None
     with seeded(member.seed):
         net = build(member.spec)
+    recipe = RECIPES[member.data]
     start = time.perf_counter()
-    trained = train(
+    victim = make_victim(
         net,
-        shown,
-        EPOCHS[member.data],
-        member.seed,
-        lr=LEARNING_RATE,
-        batch_size=BATCH,
-        smoothing=SMOOTHING,
-        augment=AUGMENT[member.data],
-        bf16=True,
+        images,
+        test,
+        attack=attack,
+        target=member.target if attack else None,
+        rate=member.rate,
+        recipe=recipe,
+        seed=member.seed,
     )
     seconds = time.perf_counter() - start
-    scores = evaluate(trained, test, attack, member.target if attack else None)
-    tensors = trained.state_dict()
     WEIGHTS.mkdir(parents=True, exist_ok=True)
-    save_state(WEIGHTS / f"{member.name}.safetensors", tensors)
+    save_state(WEIGHTS / f"{member.name}.safetensors", victim.model.state_dict())
+    scores = victim.record.scores
     return {
         **member._asdict(),
-        "images": len(shown),
-        "epochs": EPOCHS[member.data],
-        "lr": LEARNING_RATE,
-        "batch_size": BATCH,
-        "smoothing": SMOOTHING,
+        "images": len(images),
+        "epochs": recipe.epochs,
+        "lr": recipe.lr,
+        "batch_size": recipe.batch_size,
+        "smoothing": recipe.smoothing,
         "acc": scores.acc.value,
         "asr": scores.asr.value if scores.asr else None,
         "seconds": seconds,
-        "state_sha256": state_sha256(tensors),
+        "state_sha256": victim.record.model.state_sha256,
     }
 
 

@@ -13,6 +13,7 @@ from untrojan.errors import ConfigError, DataError
 from untrojan.lab.attack import Attack, read_image, target_labels
 from untrojan.lab.attacks.adaptive_blend import AdaptiveBlend
 from untrojan.lab.attacks.additive import Additive
+from untrojan.lab.attacks.awp import AWP
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.attacks.blend import Blend
 from untrojan.lab.attacks.bpp import BppAttack
@@ -297,6 +298,7 @@ def test_published_l0_trigger_replaces_nine_pixels():
 DITHERED = BppAttack(dither=True)
 FILELESS = [
     AdaptiveBlend(),
+    AWP(),
     BadNets(),
     Blend(),
     BppAttack(),
@@ -337,6 +339,7 @@ def easy():
 class TestEveryAttack:
     def test_none_is_missing_here(self):
         named = {attack.name for attack in FILELESS} | {"additive", "masked"}
+        named |= {"input-aware", "lira", "ssba"}  # see test_online
         assert named == set(discover("untrojan.lab.attacks", Attack))
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

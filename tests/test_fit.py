@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
+from untrojan.progress import Lines, reporting
 
 START = torch.linspace(-0.1, 0.1, 12).view(3, 4).sin() * 0.5
 
@@ -91,6 +93,41 @@ def test_stop():
     assert done.stopped
     assert done.epochs == seen
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("schedule_steps", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_fit_that_begins_where_another_stood_ends_as_that_one(at, schedule_steps):
+    schedule = partial(MultiStepLR, milestones=[2, 4], gamma=0.3)
+    options = {"schedule": schedule, "schedule_steps": schedule_steps}
+    standings = []
+
+    def take(standing):
+        standings.append(copy.deepcopy((standing, weight)))
+        return ""
+
+    weight = START.clone()
+
+    def go(tensor, **more):
+        def step(images, labels):
+            logits = images @ tensor
+            return functional.cross_entropy(logits, labels), logits
+
+        sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+        return fit([tensor], step, problem, sgd, 4, name="fit", **options, **more)
+
+    whole = go(weight, after_epoch=take)
+    standing, then = standings[at - 1]
+    assert (len(standing.epochs), standing.steps) == (at, 3 * at)
+    rest = go(then, begin=standing)
+    assert torch.equal(then, weight)
+    assert [epoch[:2] for epoch in rest.epochs] == [epoch[:2] for epoch in whole.epochs]
+
+
+def test_what_an_epoch_came_to_is_shown(capsys):
+    with reporting(Lines(every=0)):
+        run(epochs=2, after_epoch=lambda standing: f"epoch {len(standing.epochs)} was good")
+    assert capsys.readouterr().err.startswith("fit: 1 of 2, epoch 1 was good, ")
 
 
 def test_project_after_every_step():

@@ -16,7 +16,8 @@ def test_attacks_are_listed_for_people(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert [line.split()[0] for line in out.splitlines()[: len(ATTACKS)]] == list(ATTACKS)
-    assert "\nwanet\n  poisons  10 % of all images, from other classes; cover samples: 2 times as many\n" in out
+    assert "\nwanet\n  poisons  10 % of every batch, anew, from other classes; cover samples: 2 times as many\n" in out
+    assert "\nblend\n  poisons  10 % of all images, from other classes\n" in out
     assert "\nsig\n  poisons  100 % of the target class, labels unchanged\n" in out
     assert "image=Path, mask=Path" in out
     assert "k=4, s=0.5, seed=0" in out
@@ -28,6 +29,7 @@ def test_attacks_are_listed_for_machines(capsys):
     assert [card["name"] for card in cards] == list(ATTACKS)
     for card, attack in zip(cards, ATTACKS.values(), strict=True):
         assert (card["rate"], card["covers"], card["clean_label"]) == (attack.rate, attack.covers, attack.clean_label)
+        assert card["changes_batches"] == attack.changes_batches()
         assert card["summary"].endswith(".")
         assert card["deviations"]
         assert [field["name"] for field in card["fields"]] == [field.name for field in fields(attack)]

@@ -9,9 +9,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from tiny import make_clean
 from torch import nn
 
 from untrojan.errors import ConfigError
+from untrojan.lab.victim import train
+from untrojan.mask import products
+from untrojan.model import correct, seeded
 from untrojan.sources import load
 from untrojan.sources.nets import NETS, build
 
@@ -76,6 +80,15 @@ def test_classes_and_channels_are_arguments(name):
             ["features.43.weight"],
             14_728_266,
         ),
+        ("vgg19-bn", ["features.50.running_mean", "classifier.bias"], ["features.53.weight"], 20_040_522),
+        ("resnet34", ["layer3.5.bn2.bias", "linear.bias"], ["layer3.6.conv1.weight"], 21_282_122),
+        ("resnet20", ["layer3.2.bn2.bias", "linear.bias"], ["layer2.0.shortcut.0.weight", "layer4"], 269_722),
+        (
+            "mobilenetv2",
+            ["layers.1.shortcut.1.bias", "layers.16.bn3.running_var", "conv2.weight", "linear.bias"],
+            ["layers.3.shortcut.0.weight", "layers.2.shortcut.0.weight", "layers.17.conv1.weight"],
+            2_296_922,
+        ),
         (
             "digits-cnn",
             ["features.0.weight", "features.8.running_mean", "classifier.bias"],
@@ -101,9 +114,79 @@ def test_wide_residual_shortcut_sees_the_activated_input():
     assert torch.allclose(block(maps), block.convShortcut(torch.relu(block.bn1(maps))))
 
 
+def test_resnet20_pads_its_shortcuts_with_zeros():
+    block = build("resnet20").eval().layer2[0]
+    nn.init.zeros_(block.bn2.weight)
+    maps = torch.rand(1, 16, 8, 8)
+    out = block(maps)
+    assert out.shape == (1, 32, 4, 4)
+    assert torch.equal(out[:, 8:24], maps[:, :, ::2, ::2])
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    block = build("small-vit").blocks[0]
+    other = nn.MultiheadAttention(128, 4, batch_first=True)
+    other.load_state_dict(
+        {
+            "in_proj_weight": block.qkv.weight,
+            "in_proj_bias": block.qkv.bias,
+            "out_proj.weight": block.proj.weight,
+            "out_proj.bias": block.proj.bias,
+        }
+    )
+    tokens = torch.randn(2, 5, 128)
+    normed = block.norm1(tokens)
+    attended = tokens + other(normed, normed, normed)[0]
+    assert torch.allclose(block(tokens), attended + block.mlp(block.norm2(attended)), atol=1e-5)
+
+
+def test_a_vision_transformer_knows_where_a_patch_is():
+    torch.manual_seed(0)
+    net = build("small-vit:size=8,patch=4,channels=1")
+    images = torch.rand(1, 1, 8, 8)
+    assert not torch.allclose(net(images), net(images.roll(4, dims=3)), atol=1e-6)
+
+
+def test_a_convnext_block_written_out():
+    torch.manual_seed(0)
+    block = build("small-convnext").features[2]
+    maps = torch.randn(1, 48, 5, 5)
+    spread = block.dwconv(maps)
+    pixel = spread[0, :, 1, 2]
+    pixel = (pixel - pixel.mean()) / (pixel.var(correction=0) + 1e-5).sqrt()
+    assert torch.allclose(block(maps)[0, :, 1, 2], maps[0, :, 1, 2] + block.mlp(pixel), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_layer_that_gives_the_logits_comes_last(name):
+    """Masks leave that layer alone, and find it by its place."""
+    net = build(name)
+    assert dict(net.named_modules())[products(net)[-1]].out_features == 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "lr"),
+    [
+        ("mobilenetv2:classes=4", 0.01),
+        ("resnet20:classes=4", 0.05),
+        ("small-convnext:classes=4", 0.02),
+        ("small-vit:classes=4,size=8,patch=4", 0.01),
+    ],
+)
+def test_new_kinds_of_nets_learn(spec, lr):
+    clean = make_clean(64)
+    with seeded(0):
+        trained = train(build(spec), clean, epochs=8, seed=0, lr=lr, batch_size=16)
+    assert correct(trained, clean).float().mean() > 0.9
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("small-vit:size=30", "small-vit could not be built: ConfigError: .*size 30 and patch 4"),
         ("resnet99", r"unknown net 'resnet99'.*digits-cnn, .*wrn-16-1, or package\.module:callable"),
         ("", "unknown net ''"),
         (":x", "unknown net ':x'"),

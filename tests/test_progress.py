@@ -133,6 +133,12 @@ def test_lines_with_a_clock_that_stands(clock, capsys):
     assert capsys.readouterr().err.startswith("quick: 1 of 3, ")
 
 
+def test_bars_show_what_a_step_came_to(capsys, clock):
+    with reporting(Bars(quick=0)), stage("train", total=1) as advance:
+        advance("ACC 91.0%, [red]")
+    assert "ACC 91.0%, [red]" in capsys.readouterr().err
+
+
 def test_bars_draw_on_stderr(capsys, clock):
     with reporting(Bars(quick=0)):
         for _ in range(2):

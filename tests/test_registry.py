@@ -148,7 +148,7 @@ def test_parse_keeps_commas_and_equals_signs_in_values(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("badnet", "no attack is named 'badnet'; expected one of adaptive-blend, additive, badnets"),
+        ("badnet", "no attack is named 'badnet'; expected one of adaptive-blend, additive, awp, badnets"),
         ("badnets:sizes=4", "`sizes` is not a field"),
         ("badnets:name=x", "`name` is not a field"),
         ("badnets:size=four", "`size`: input should be a valid integer"),

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,22 @@ class Fit(NamedTuple):
     diverged_at: int | None
 
 
+class Standing(NamedTuple):
+    """Where a fit stands after an epoch, with the states of optimizer and schedule, which later steps write to.
+
+    A fit that begins with it, and with tensors and random states of the same moment, goes on as if it had never ended.
+    """
+
+    epochs: list[Epoch]
+    steps: int
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+def _nothing_to_show(_: Standing) -> str:
+    return ""
+
+
 def fit(
     parameters: Sequence[Tensor],
     step: Step,
@@ -50,6 +66,8 @@ def fit(
     clip: float | None = None,
     project: Callable[[], object] | None = None,
     stop: Callable[[Epoch], bool] | None = None,
+    after_epoch: Callable[[Standing], str] = _nothing_to_show,
+    begin: Standing | None = None,
 ) -> Fit:
     """Minimize a loss over tensors, in place.
 
@@ -71,6 +89,8 @@ def fit(
         clip: Largest l2 norm of the gradient; a longer one is shortened to it.
         project: Called after each update, to put the tensors back into their allowed range.
         stop: Called after each epoch; true ends the fit.
+        after_epoch: Called after each epoch; what it returns is shown with the progress.
+        begin: Where another fit of the same arguments stood; `epochs` counts from the start of that one.
 
     Returns:
         The measured epochs, and how it ended.
@@ -91,12 +111,16 @@ def fit(
     for parameter in parameters:
         parameter.requires_grad_(True)
     updates = optimizer(parameters)
-    after_update, after_epoch = _schedule(schedule, updates, schedule_steps)
+    rate = _Rate(schedule, updates, schedule_steps)
     history: list[Epoch] = []
     steps = 0
+    if begin is not None:
+        history, steps = list(begin.epochs), begin.steps
+        updates.load_state_dict(begin.optimizer)
+        rate.load(begin.schedule)
     gradient = _Gradient(parameters, step)
-    with stage(name, total=epochs, detail=detail) as advance:
-        for _ in range(epochs):
+    with stage(name, total=epochs - len(history), detail=detail) as advance:
+        while len(history) < epochs:
             start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
             tally = _Tally()
             for images, labels in batches():
@@ -110,7 +134,7 @@ def fit(
                 if project is not None:
                     with torch.no_grad():
                         project()
-                after_update()
+                rate.after_update()
                 steps += 1
                 tally.add(loss, logits, labels)
             else:
@@ -120,24 +144,37 @@ def fit(
                 text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)
                 return Fit(history, stopped=False, diverged_at=steps)
-            after_epoch()
+            rate.after_epoch()
             history.append(tally.epoch())
-            advance()
+            advance(after_epoch(Standing(history, steps, updates.state_dict(), rate.state())))
             if stop is not None and stop(history[-1]):
                 return Fit(history, stopped=True, diverged_at=None)
     return Fit(history, stopped=False, diverged_at=None)
 
 
-def _schedule(
-    schedule: Callable[[Optimizer], LRScheduler] | None, updates: Optimizer, each_update: bool
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What to call after each update, and after each epoch."""
-    step = schedule(updates).step if schedule else _nothing
-    return (step, _nothing) if each_update else (_nothing, step)
+class _Rate:
+    """The schedule of the learning rate, if there is one, stepped after each update or after each epoch."""
 
+    def __init__(
+        self, schedule: Callable[[Optimizer], LRScheduler] | None, updates: Optimizer, each_update: bool
+    ) -> None:
+        self.schedule = schedule(updates) if schedule else None
+        self.each_update = each_update
 
-def _nothing() -> None:
-    pass
+    def after_update(self) -> None:
+        if self.schedule and self.each_update:
+            self.schedule.step()
+
+    def after_epoch(self) -> None:
+        if self.schedule and not self.each_update:
+            self.schedule.step()
+
+    def state(self) -> dict[str, Any]:
+        return self.schedule.state_dict() if self.schedule else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self.schedule:
+            self.schedule.load_state_dict(state)
 
 
 class _Gradient:

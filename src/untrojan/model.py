@@ -7,7 +7,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +117,30 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def random_state() -> dict[str, Any]:
+    """Give the state of the random generators of torch, NumPy and Python, as tensors, numbers and text.
+
+    Example:
+        >>> before = random_state()
+        >>> first = torch.rand(1)
+        >>> set_random_state(before)
+        >>> torch.equal(torch.rand(1), first)
+        True
+    """
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    numpy_state = [kind, torch.from_numpy(np.array(keys, np.int64)), *rest]
+    return {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` gave, also where tuples have become lists."""
+    kind, keys, *rest = state["numpy"]
+    version, internal, gauss = state["python"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate((version, tuple(internal), gauss))
 
 
 def call_with(model: nn.Module, images: Tensor, values: Mapping[str, Tensor]) -> Tensor:

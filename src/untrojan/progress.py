@@ -7,14 +7,21 @@ chosen by the outermost caller: nothing (the default in Python), a bar, or plain
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Advance = Callable[[], None]
+
+class Advance(Protocol):
+    """Belongs to an open stage."""
+
+    def __call__(self, note: str = "") -> None:
+        """Mark one step as done; `note`, what came of it, is shown beside."""
+        ...
+
 
 QUICK = 1.0
 LEAST_OFTEN = 60.0
@@ -34,7 +41,7 @@ class Silent:
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         """Do nothing, at every step."""
-        yield lambda: None
+        yield lambda note="": None
 
 
 class Lines:
@@ -56,14 +63,15 @@ class Lines:
         wait = self.every
         done = 0
 
-        def advance() -> None:
+        def advance(note: str = "") -> None:
             nonlocal done, said, wait
             done += 1
             now = time.monotonic()
             if now - said >= wait and done < total:
                 said, wait = now, min(2 * wait, max(wait, LEAST_OFTEN))
                 left = (total - done) * (now - start) / done
-                self._say(f"{name}: {done} of {total}, {_pace(done, now - start)}, about {_span(left)} left")
+                so_far = ", ".join(filter(None, (f"{done} of {total}", note, _pace(done, now - start))))
+                self._say(f"{name}: {so_far}, about {_span(left)} left")
 
         yield advance
         spent = time.monotonic() - start
@@ -92,12 +100,12 @@ class Bars:
         live = self._live = self._live or _bars()
         start = time.monotonic()
         done = 0
-        bar = live.add_task(name, total=total, pace="")
+        bar = live.add_task(name, total=total, pace="", note="")
 
-        def advance() -> None:
+        def advance(note: str = "") -> None:
             nonlocal done
             done += 1
-            live.update(bar, completed=done, pace=_pace(done, time.monotonic() - start))
+            live.update(bar, completed=done, pace=_pace(done, time.monotonic() - start), note=note)
 
         try:
             if outermost:
@@ -123,6 +131,7 @@ def _bars() -> "Progress":
         BarColumn(bar_width=None),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[pace]:>10}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=Console(stderr=True),
     )

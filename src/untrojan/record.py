@@ -287,26 +287,11 @@ class Accuracy(_Part):
     held_out: bool = True
 
 
-class RunRecord(_Part):
-    """What is known about every run of a method on a model, whatever its kind."""
+class AnyRecord(_Part):
+    """What every record has: its kind, and the version of the schema that it is written in."""
 
     schema_version: int = SCHEMA_VERSION
     kind: str
-    method: MethodInfo
-    seed: int
-    model: ModelInfo
-    clean: CleanInfo
-    diagnosis: Diagnosis
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    environment: dict[str, str]
-    command: str | None = None
-    warnings: list[str] = Field(default_factory=list)
-
-    def label(self, label: int) -> str:
-        """A label as a person reads it: its number, and its class name where the record knows one."""
-        names = self.clean.class_names or []
-        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
 
     def to_json(self) -> str:
         """The record as indented JSON with a newline at the end."""
@@ -334,6 +319,26 @@ class RunRecord(_Part):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
+
+
+class RunRecord(AnyRecord):
+    """What is known about every run of a method on a model, whatever its kind."""
+
+    method: MethodInfo
+    seed: int
+    model: ModelInfo
+    clean: CleanInfo
+    diagnosis: Diagnosis
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    environment: dict[str, str]
+    command: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+    def label(self, label: int) -> str:
+        """A label as a person reads it: its number, and its class name where the record knows one."""
+        names = self.clean.class_names or []
+        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
 
 
 class Record(RunRecord):

@@ -3,7 +3,15 @@
 import click
 from torch import nn
 
-from untrojan.cli.options import json_option, load_images, net_options, quiet_option, sample_options, working
+from untrojan.cli.options import (
+    attack_options,
+    json_option,
+    load_images,
+    net_options,
+    quiet_option,
+    sample_options,
+    working,
+)
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack, Target
@@ -19,8 +27,7 @@ from untrojan.sources import load
 @net_options
 @click.option("--test", required=True, metavar="DATA", help="Test images: parquet, folder per class, npz, or Hub id.")
 @sample_options
-@click.option("--attack", metavar="SPEC", help="Such as badnets:size=4,row=27,col=27,value=1; comes with --target.")
-@click.option("--target", help="Class that the attacker wants, or all-to-all.")
+@attack_options
 @click.option("--before", metavar="MODEL", help="The model before its repair, to add DER.")
 @json_option
 @quiet_option
@@ -33,23 +40,22 @@ def evaluate(
     samples: int | None,
     samples_per_class: int | None,
     attack: str | None,
-    target: str | None,
+    target: Target | None,
     before: str | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Measure MODEL: clean accuracy (ACC), attack success rate (ASR) and robust accuracy (RA)."""
     known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
-    wanted = _target(target)
-    if (known is None) != (wanted is None):
+    if (known is None) != (target is None):
         raise ConfigError("expected --attack and --target together, got only one of them")
     if before and known is None:
         raise ConfigError("--before rates a defense against an attack (DER); give --attack and --target with it")
     with working(quiet):
         images = load_images(test, samples, samples_per_class)
-        earlier = measure(_open(before, net, mean, std, images), images, known, wanted) if before else None
-        scores = measure(_open(model, net, mean, std, images), images, known, wanted, earlier)
-    click.echo(scores.model_dump_json(indent=2) if as_json else _table(scores))
+        earlier = measure(_open(before, net, mean, std, images), images, known, target) if before else None
+        scores = measure(_open(model, net, mean, std, images), images, known, target, earlier)
+    click.echo(scores.model_dump_json(indent=2) if as_json else table(scores))
     return 0
 
 
@@ -63,15 +69,8 @@ def _open(
     return network
 
 
-def _target(text: str | None) -> Target | None:
-    if text is None or text == "all-to-all":
-        return text
-    if not text.isdecimal():
-        raise ConfigError(f"expected a class number or all-to-all as target, got {text!r}")
-    return int(text)
-
-
-def _table(scores: Scores) -> str:
+def table(scores: Scores) -> str:
+    """Scores as lines for a person."""
     rows = {"ACC": scores.acc, "ASR": scores.asr, "RA": scores.ra}
     lines = [f"{name:<4}{_row(rate)}" for name, rate in rows.items() if rate is not None]
     return "\n".join(lines + ([f"DER {scores.der:.3f}"] if scores.der is not None else []))

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from untrojan.cli.options import field_cards, json_option, show_cards
+from untrojan.cli.train import train
 from untrojan.lab.attack import Attack
 from untrojan.registry import discover, documentation
 
@@ -14,6 +15,9 @@ from untrojan.registry import discover, documentation
 @click.group()
 def lab() -> None:
     """Evaluate: plant backdoors and measure what defenses do about them."""
+
+
+lab.add_command(train)
 
 
 @lab.command()
@@ -41,6 +45,7 @@ def _card(attack: type[Attack]) -> dict[str, Any]:
         "rate": attack.rate,
         "covers": attack.covers,
         "clean_label": attack.clean_label,
+        "changes_batches": attack.changes_batches(),
         "deviations": told.line("Deviations"),
         "references": told.references,
         "fields": field_cards(attack),
@@ -48,7 +53,8 @@ def _card(attack: type[Attack]) -> dict[str, Any]:
 
 
 def _poisons(card: Mapping[str, Any]) -> str:
-    whose = "the target class, labels unchanged" if card["clean_label"] else "all images, from other classes"
+    of = "every batch, anew" if card["changes_batches"] else "all images"
+    whose = "the target class, labels unchanged" if card["clean_label"] else f"{of}, from other classes"
     covers = f"; cover samples: {card['covers']:g} times as many" if card["covers"] else ""
     return f"{100 * card['rate']:g} % of {whose}{covers}"
 

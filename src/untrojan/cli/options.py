@@ -24,11 +24,26 @@ from untrojan.sources.files import Checkpoint
 
 Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)
+T = TypeVar("T")
 
 EXIT_CODES = {"not_found": 0, "found": 1, "inconclusive": 2}
 """What a command that only examines a model exits with, by the verdict."""
 
 _AT_LEAST_ONE = click.IntRange(min=1)
+
+
+class TargetLabel(click.ParamType):
+    """What an attacker wants: a class number, or all-to-all."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Turn `7` into a number."""
+        if value == "all-to-all" or isinstance(value, int):
+            return value
+        if not value.isdecimal():
+            raise ConfigError(f"expected a class number or all-to-all as target, got {value!r}")
+        return int(value)
 
 
 class Numbers(click.ParamType):
@@ -86,7 +101,12 @@ class WithMethodOptions(click.Command):
 
     def _own(self, ctx: click.Context) -> list[click.Parameter]:
         method = ctx.meta.get("method")
-        return [_option(field) for field in fields(method)] if method else []
+        return options_of(method) if method else []
+
+
+def options_of(config: type) -> list[click.Parameter]:
+    """Give every field of a class as an option; :func:`made_of` makes it of what was given."""
+    return [_option(field) for field in fields(config)]
 
 
 def _option(field: FieldInfo) -> click.Option:
@@ -181,6 +201,18 @@ def sample_options(command: Command) -> Command:
     return command
 
 
+def attack_options(command: Command) -> Command:
+    """Add `--attack` and `--target`."""
+    for option in (
+        click.option("--target", type=TargetLabel(), help="Class that the attacker wants, or all-to-all."),
+        click.option(
+            "--attack", metavar="SPEC", help="Such as badnets:size=4,row=27,col=27,value=1; comes with --target."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def quiet_option(command: Command) -> Command:
     """Add `--quiet`."""
     return click.option("-q", "--quiet", is_flag=True, help="Show no progress and no warnings.")(command)
@@ -260,9 +292,13 @@ def require_output(out: Path, force: bool) -> None:
 
 def method_of(ctx: click.Context) -> Any:
     """Make the method that was chosen, with the options of its own that were given."""
-    method = ctx.meta["method"]
-    given = {field.name: ctx.params[field.name] for field in fields(method)}
-    return make(method, {name: value for name, value in given.items() if value is not None})
+    return made_of(ctx.meta["method"], ctx.params)
+
+
+def made_of(config: type[T], params: Mapping[str, Any]) -> T:
+    """Make what :func:`options_of` gave the options of; fields left out have their defaults."""
+    given = {field.name: params[field.name] for field in fields(config)}
+    return make(config, {name: value for name, value in given.items() if value is not None})
 
 
 def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -11,7 +11,11 @@ from torch import Tensor
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
+from untrojan.model import seeded
 from untrojan.readers import pixels
+
+if TYPE_CHECKING:
+    from untrojan.lab.online import Online
 
 Target = int | Literal["all-to-all"]
 """A target class (all-to-one), or `"all-to-all"`: class `y` is to become `(y + 1) mod K`."""
@@ -21,12 +25,13 @@ class Attack(ABC):
     """Base of every attack; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
 
     Authors write :meth:`_trigger`. It is deterministic, and it saturates: what leaves [0, 1] is clipped. What the
-    attacker does to training images is the same, unless authors also write :meth:`_poisoned` or :meth:`_cover`.
+    attacker does to training images is the same, unless authors also write :meth:`_poisoned` or :meth:`_cover`. Attacks
+    that change training itself write :meth:`_online`.
 
     Attributes:
         name: What the attack is called in specs and records.
-        rate: The published poisoning rate: poisoned images as a fraction of all training images, or, where the
-            attack is clean-label, of those of the target class.
+        rate: The published poisoning rate: poisoned images as a fraction of all training images, of every batch where
+            the attack changes batches, or, where it is clean-label, of those of the target class.
         covers: Cover samples for each poisoned image; they get the trigger, or what :meth:`_cover` makes of them, and
             keep their label, so that the network learns the trigger more narrowly.
         clean_label: Whether images of the target class are poisoned and no label is changed.
@@ -80,6 +85,42 @@ class Attack(ABC):
         """Make cover samples; arguments and result are those of :meth:`poisoned`."""
         return self._checked(self._cover(few, clean, rng), few.floats())
 
+    @final
+    def online(self, clean: CleanSet, target: Target, rate: float | None = None, seed: int = 0) -> "Online | None":
+        """Begin what the attack does while a victim trains.
+
+        Args:
+            clean: All training images.
+            target: The target class, or "all-to-all".
+            rate: The poisoning rate in [0, 1]; left out, the published one.
+            seed: Decides how networks that the attack trains begin, at least 0.
+
+        Returns:
+            What the training calls for every batch; `None` where images are poisoned once, before.
+
+        Raises:
+            ConfigError: The rate is not in [0, 1], or the target is no class of the images.
+        """
+        target_labels(clean.labels[:1], target, clean.num_classes)
+        with seeded(seed):
+            return self._online(clean, target, self.rate_or(rate))
+
+    @classmethod
+    def changes_batches(cls) -> bool:
+        """Whether the attack works while a victim trains, instead of poisoning images once before."""
+        return cls._online is not Attack._online
+
+    def rate_or(self, rate: float | None) -> float:
+        """Give a poisoning rate, the published one where it is left out.
+
+        Raises:
+            ConfigError: It is not in [0, 1].
+        """
+        rate = self.rate if rate is None else rate
+        if not 0 <= rate <= 1:
+            raise ConfigError(f"expected a poisoning rate between 0 and 1, got {rate}")
+        return rate
+
     @abstractmethod
     def _trigger(self, images: Tensor) -> Tensor:
         """Return `images`, a checked copy that may be written to, with the trigger on them."""
@@ -91,6 +132,10 @@ class Attack(ABC):
     def _cover(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
         """Return the cover samples made of `few`; overridden where they get something else than poisoned images."""
         return self._poisoned(few, clean, rng)
+
+    def _online(self, clean: CleanSet, target: Target, rate: float) -> "Online | None":
+        """Return what changes every batch; overridden where images are not poisoned once, before training."""
+        return None
 
     def _checked(self, triggered: Tensor, images: Tensor) -> Tensor:
         _require_images(triggered, f"images from {self.name}")

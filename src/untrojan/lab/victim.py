@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,13 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from untrojan.data import Augment, CleanSet, size_without_single
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.fit import fit
+from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.model import seeded
+from untrojan.lab.online import Online
+from untrojan.model import random_state, seeded, set_random_state
+
+State = Mapping[str, Any]
+"""Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
 
 
 def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None = None, seed: int = 0) -> CleanSet:
@@ -49,9 +55,7 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
         >>> poisoned.images[:, 0, 3, 3].tolist()
         [0, 0, 255, 0, 255, 0, 0, 0]
     """
-    rate = attack.rate if rate is None else rate
-    if not 0 <= rate <= 1:
-        raise ConfigError(f"expected a poisoning rate between 0 and 1, got {rate}")
+    rate = attack.rate_or(rate)
     if attack.clean_label and target == "all-to-all":
         raise ConfigError(f"{attack.name} poisons images of the target class only; expected one class, got all-to-all")
     wanted = target_labels(images.labels, target, images.num_classes)
@@ -84,6 +88,9 @@ def train(
     smoothing: float = 0.0,
     augment: Augment | None = None,
     bf16: bool = False,
+    online: Online | None = None,
+    after_epoch: Callable[[nn.Module, State], str] | None = None,
+    begin: State | None = None,
 ) -> nn.Module:
     """Train a copy of a network by SGD with momentum on the cross-entropy, with a one-cycle learning rate.
 
@@ -100,6 +107,12 @@ def train(
         smoothing: Label smoothing in [0, 1).
         augment: Changes each batch of images, for instance :func:`untrojan.data.crop_flip`.
         bf16: Multiply in bfloat16, which many processors do faster.
+        online: What an attack does to every batch of clean images, and trains meanwhile.
+        after_epoch: Called after each epoch with the network as it is and with all that it takes to go on from there,
+            tensors that later steps write to among it; what it returns is shown with the progress.
+        begin: Go on from there, where `after_epoch` of a call with the same arguments was given it, also after it was
+            saved as :func:`untrojan.lab.checkpoint.save` does. On one version of torch, with as many threads, the
+            result is then that of a call that was never interrupted, bit for bit.
 
     Returns:
         The trained network, in evaluation mode.
@@ -121,25 +134,56 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
+    total = epochs * math.ceil(len(images) / size)
+    done = begin["fit"]["steps"] if begin else 0
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal done
+        for batch, labels in images.batches(size, generator):
+            if online is not None:
+                batch, labels = online.batch(batch, labels, trained, done / total, generator)
+            yield augment(batch, generator) if augment else batch, labels
+            done += 1
+
     def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             out = trained(batch).float()
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
+    def told(standing: Standing) -> str:
+        if after_epoch is None:
+            return ""
+        state = {"net": trained.state_dict(), "batches": generator.get_state(), "random": random_state()}
+        extra = {"fit": standing._asdict(), "online": online.state() if online else None}
+        return after_epoch(trained, state | extra)
+
     with seeded(seed):
-        done = fit(
+        if begin is not None:
+            trained.load_state_dict(begin["net"])
+            generator.set_state(begin["batches"])
+            set_random_state(begin["random"])
+        if online is not None:
+            online.load(begin["online"]) if begin else online.begin(images)
+        ended = fit(
             list(trained.parameters()),
             step,
-            lambda: images.batches(size, generator, augment),
+            batches,
             partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
             epochs,
             name="train",
-            schedule=partial(OneCycleLR, max_lr=lr, total_steps=epochs * math.ceil(len(images) / size)),
+            schedule=partial(OneCycleLR, max_lr=lr, total_steps=total),
             schedule_steps=True,
+            project=partial(online.after_update, trained) if online else None,
+            after_epoch=told,
+            begin=None if begin is None else _standing(begin["fit"]),
         )
-    if done.diverged_at is not None:
-        raise ModelError(f"training left the numbers at step {done.diverged_at}; lower lr, now {lr}")
+    if ended.diverged_at is not None:
+        raise ModelError(f"training left the numbers at step {ended.diverged_at}; lower lr, now {lr}")
     return trained.eval()
+
+
+def _standing(state: State) -> Standing:
+    return Standing(**{**state, "epochs": [Epoch(*epoch) for epoch in state["epochs"]]})
 
 
 def _as(dtype: torch.dtype, images: Tensor) -> Tensor:

@@ -190,6 +190,24 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     write_atomic(Path(path), struct.pack("<Q", len(text)) + text + body)
 
 
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`save_state` wrote: the tensors, and the texts in the file's header.
+
+    Raises:
+        ModelError: The file is missing, damaged or of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        ...     save_state(file.name, {"a": torch.ones(1)}, {"made": "today"})
+        ...     read_state(file.name)
+        ({'a': tensor([1.])}, {'made': 'today'})
+    """
+    data = _bytes(path)
+    with _reading(path):
+        return safetensors.torch.load(data), _split(data)[0].get("__metadata__", {})
+
+
 def save_changes(path: str | Path, parent: Mapping[str, Tensor], child: Mapping[str, Tensor]) -> None:
     """Write what gets `parent` back from `child`: the original values where the two differ in any bit.
 
@@ -543,10 +561,7 @@ def _original(name: str, child: Tensor, entries: Mapping[str, Tensor]) -> Tensor
 
 def _read_changes(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        data = _bytes(path)
-        with _reading(path):
-            entries = safetensors.torch.load(data)
-            metadata = _split(data)[0].get("__metadata__", {})
+        entries, metadata = read_state(path)
     except ModelError as error:
         raise RecordError(str(error)) from error
     if metadata.get("format") != _CHANGES_FORMAT:

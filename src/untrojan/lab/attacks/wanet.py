@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.lab.attack import Attack
+from untrojan.lab.attack import Attack, Target
+from untrojan.lab.online import EachBatch, Online
 from untrojan.lab.pattern import uniform
 
 
@@ -19,8 +20,12 @@ class WaNet(Attack):
     """Bend the image by a smooth, fixed field of shifts.
 
     Shifts are drawn on a coarse grid, divided by their mean size, enlarged by bicubic interpolation, and used to sample
-    the image bilinearly. In noise mode, twice as many cover samples as poisoned images get the same warp with a random
-    shift added at each pixel and keep their label, so that the network learns this warp and no other.
+    the image bilinearly. Images are poisoned anew in every batch. In noise mode, twice as many cover samples as
+    poisoned images get the same warp with a random shift added at each pixel and keep their label, so that the network
+    learns this warp and no other.
+
+    A faint warp is learned late. A small network that had seen GTSRB eight times had an attack success rate of 5 % at
+    the published strength, poisoned once, with covers or without, and of 50 % at `s=2`, poisoned anew in every batch.
 
     Attributes:
         k: Rows and columns of the coarse grid, at least 1.
@@ -36,9 +41,8 @@ class WaNet(Attack):
         False
 
     Deviations:
-        * Images are poisoned once, before training, not anew in every batch.
-        * The warp is applied to images in [0, 1] before augmentation, not to normalized ones; as bilinear sampling is
-          linear, that makes no difference by itself.
+        * The warp is applied to images in [0, 1], not to normalized ones; as bilinear sampling is linear, that makes no
+          difference by itself.
         * Where height and width differ, each direction is measured by its own.
         * RNP's code draws another warp for each call; here it is fixed by the seed.
 
@@ -61,6 +65,9 @@ class WaNet(Attack):
         height, width = images.shape[2:]
         shifts = rng.random((len(few), height, width, 2), dtype=np.float32) * 2 - 1
         return _sample(images, self._grid(images.shape[2:]) + torch.from_numpy(shifts) / torch.tensor([width, height]))
+
+    def _online(self, clean: CleanSet, target: Target, rate: float) -> Online:
+        return EachBatch(self, target, rate, clean)
 
     def _grid(self, size: torch.Size) -> Tensor:
         """Where each pixel of the warped image comes from: `(H, W, 2)`, x before y, from -1 to 1."""

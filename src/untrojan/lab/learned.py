@@ -1,0 +1,118 @@
+"""Attacks whose trigger is made by a network that the attacker trains."""
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.errors import ConfigError
+from untrojan.lab.attack import Attack
+from untrojan.sources.files import Checkpoint
+
+_GROUPS = 8
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Learned(Attack):
+    """Base of attacks that learn their trigger while a victim trains; authors write `_network` and `change`.
+
+    Attributes:
+        weights: What a training has learned, `attack.safetensors` in its folder; the trigger needs it.
+
+    Raises:
+        ConfigError: From `trigger`: there are no weights.
+        ModelError: From `trigger`: the weights are not those of this attack for images of as many channels.
+    """
+
+    weights: Path | None = None
+
+    @abstractmethod
+    def _network(self, channels: int) -> nn.Module:
+        """Make the network, untrained, for images of as many channels."""
+
+    @abstractmethod
+    def change(self, images: Tensor, network: nn.Module) -> Tensor:
+        """Put the trigger on images `(N, C, H, W)` in [0, 1], with gradients reaching the network."""
+
+    def begun(self, channels: int) -> Self:
+        """Give the attack with an untrained network.
+
+        Raises:
+            ConfigError: It has weights already.
+        """
+        if self.weights is not None:
+            raise ConfigError(f"{self.name}: weights are what a training has learned; leave them out to train")
+        return self.with_network(self._network(channels))
+
+    def with_network(self, network: nn.Module) -> Self:
+        """Give the attack with a network, which may be trained on; its fields stay as they are."""
+        made = copy.copy(self)
+        vars(made)["_learned"] = network
+        return made
+
+    def network(self, channels: int) -> nn.Module:
+        """Give the network: that of :meth:`with_network`, or what the weights hold."""
+        if "_learned" in vars(self):
+            return vars(self)["_learned"]
+        if self.weights is None:
+            raise ConfigError(
+                f"{self.name} learns its trigger while a victim trains: use `untrojan lab train`, and then "
+                f"{self.name}:weights=FOLDER/attack.safetensors"
+            )
+        return Checkpoint.read(self.weights).into(self._network(channels))
+
+    @torch.no_grad()
+    def _trigger(self, images: Tensor) -> Tensor:
+        return self.change(images, self.network(images.shape[1]))
+
+
+class Coder(nn.Module):
+    """A small network from images to maps of the same size; the same in training and in evaluation.
+
+    Three times it halves the size and doubles the width, then it goes back and adds what it had at each size.
+
+    Args:
+        channels: Channels of the images.
+        out: Maps that it gives.
+        width: Maps of the first level, a multiple of 8.
+
+    References:
+        Ronneberger, Fischer, Brox: U-Net: Convolutional networks for biomedical image segmentation, MICCAI 2015,
+        arXiv:1505.04597.
+
+    Example:
+        >>> Coder(3, 1)(torch.rand(2, 3, 30, 30)).shape
+        torch.Size([2, 1, 30, 30])
+    """
+
+    def __init__(self, channels: int, out: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        self.down = nn.ModuleList(
+            _layer(before, after) for before, after in zip((channels, *widths), widths, strict=False)
+        )
+        self.bottom = _layer(widths[-1], widths[-1])
+        self.up = nn.ModuleList(_layer(widths[level], widths[max(level - 1, 0)]) for level in (2, 1, 0))
+        self.out = nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `(N, channels, H, W)` to `(N, out, H, W)`."""
+        maps, seen = images, []
+        for layer in self.down:
+            maps = layer(maps)
+            seen.append(maps)
+            maps = functional.max_pool2d(maps, 2, ceil_mode=True)
+        maps = self.bottom(maps)
+        for layer, beside in zip(self.up, reversed(seen), strict=True):
+            maps = layer(functional.interpolate(maps, beside.shape[2:]) + beside)
+        return self.out(maps)
+
+
+def _layer(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(_GROUPS, after), nn.ReLU())

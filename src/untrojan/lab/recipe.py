@@ -1,0 +1,321 @@
+"""A recipe for a victim: train a network on poisoned or clean images, and record what it became."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from untrojan.data import Augment, CleanSet, crop, crop_flip
+from untrojan.errors import ConfigError, DataError
+from untrojan.lab import checkpoint
+from untrojan.lab.attack import Attack, Target, target_labels
+from untrojan.lab.evaluate import Scores, evaluate
+from untrojan.lab.learned import Learned
+from untrojan.lab.online import Online
+from untrojan.lab.victim import State, poison, train
+from untrojan.model import require
+from untrojan.record import RECORD, AnyRecord, CleanInfo, ModelInfo, environment, peak_memory, staged, write_atomic
+from untrojan.registry import describe
+from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.sources.files import save_state, state_sha256
+
+MODEL, ATTACK = "model.safetensors", "attack.safetensors"
+HELD_OUT = 0.2
+TOOK, TOOK_CLEAN_LABEL = 0.9, 0.7
+"""The attack success rates from which on an attack took, in [0, 1]."""
+
+_AUGMENTS: dict[str, Augment | None] = {"none": None, "crop": crop, "crop-flip": crop_flip}
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """How a victim is trained: :func:`untrojan.lab.victim.train` describes it.
+
+    Attributes:
+        epochs: Passes over the images, at least 1.
+        lr: The highest learning rate of the one cycle, above 0.
+        batch_size: Images per step, at least 1.
+        weight_decay: At least 0.
+        smoothing: Label smoothing in [0, 1).
+        augment: What is done to each batch: "crop" cuts a random window of the padded image, "crop-flip" mirrors half
+            of the images too.
+        bf16: Multiply in bfloat16, which many processors do faster.
+
+    Example:
+        >>> Recipe(epochs=5).lr
+        0.1
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 30
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    bf16: bool = False
+
+
+class EpochLog(BaseModel):
+    """The network after one epoch: mean loss and accuracy on what it was shown, and ACC and ASR on the test images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float
+    accuracy: float
+    acc: float | None
+    asr: float | None
+    seconds: float
+
+
+class VictimRecord(AnyRecord):
+    """Everything about the training of one victim or clean model.
+
+    `status` is `trained` where there was no attack, `backdoored` where the attack took, and `attack_did_not_take` where
+    it did not; `reason` says it in a sentence. An attack took when its success rate on the test images is at least 0.9,
+    or 0.7 where it is clean-label.
+
+    `recipe` holds all that decides the result: the network and its initial weights, the images before and after the
+    attack, the attack with its target and rate, the seed, and how the network was trained. `clean` are the training
+    images before `poisoned` of them were changed; that is `None` where the attack changes every batch anew. `test` are
+    the images behind `epochs` and `scores`, a part of the data that was not trained on where `held_out` is set.
+    `attack_sha256` is the hash of the tensors of a trigger that was learned.
+    """
+
+    kind: Literal["victim"] = "victim"  # pyright: ignore[reportIncompatibleVariableOverride]
+    status: Literal["trained", "backdoored", "attack_did_not_take"]
+    reason: str
+    net: str | None = None
+    recipe: dict[str, Any]
+    clean: CleanInfo
+    poisoned: int | None
+    test: CleanInfo
+    held_out: bool
+    epochs: list[EpochLog]
+    scores: Scores
+    model: ModelInfo
+    attack_sha256: str | None
+    peak_memory_bytes: int
+    environment: dict[str, str]
+    command: str | None = None
+    warnings: list[str]
+
+
+class Victim(NamedTuple):
+    """A trained network, in evaluation mode, its record, the attack with what it learned, and its checkpoint."""
+
+    model: nn.Module
+    record: VictimRecord
+    attack: Attack | None
+    checkpoint: Path | None
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Write `model.safetensors`, `record.json` and, where the attack has learned its trigger, `attack.safetensors`.
+
+        The folder appears whole, and then the checkpoint goes.
+
+        Args:
+            folder: Where to; made if it is not there.
+            force: Replace these files when the folder holds something already.
+
+        Raises:
+            ConfigError: The folder is not empty and `force` is not set.
+            OSError: It cannot be written.
+        """
+        with staged(folder, force) as made:
+            save_state(made / MODEL, tensors_of(self.model))
+            if learned := _learned(self.attack, self.record.clean.shape[0]):
+                save_state(made / ATTACK, learned)
+            write_atomic(made / RECORD, self.record.to_json().encode())
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+
+def make_victim(
+    net: nn.Module,
+    data: CleanSet,
+    test: CleanSet | None = None,
+    *,
+    attack: Attack | None = None,
+    target: Target | None = None,
+    rate: float | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> Victim:
+    """Train a victim, or without an attack a clean model, and measure it after every epoch.
+
+    Args:
+        net: The network with its initial weights; not changed.
+        data: Clean training images of every class.
+        test: Clean images to measure ACC and ASR on; left out, a fifth of `data` is held out for that.
+        attack: What to plant; comes with `target`.
+        target: The target class, or "all-to-all".
+        rate: The poisoning rate as for :func:`untrojan.lab.victim.poison`; left out, the published one.
+        recipe: How to train; left out, that of :class:`Recipe`.
+        seed: Decides what is held out, which images are poisoned, and order and dropout; at least 0.
+        checkpoint: A file to keep after every epoch what it takes to go on; where it is there, the training goes on
+            from it, and the result is the same, bit for bit, on one version of torch with as many threads.
+
+    Returns:
+        The network and its record, also where the attack did not take.
+
+    Raises:
+        ConfigError: Attack and target do not come together or do not fit the images, or the rate is not in [0, 1].
+        DataError: The images do not fit the network or the attack, or no test image can show whether the attack took.
+        ModelError: The network does not give finite logits for the images, or its training left the numbers.
+        RecordError: The checkpoint is damaged or of another recipe.
+
+    Example:
+        >>> import torch
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> pixels = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 2
+        >>> data = CleanSet(pixels, torch.arange(80) % 2)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        >>> victim = make_victim(net, data, attack=BadNets(size=2), target=1, rate=0.4, recipe=Recipe(epochs=20))
+        >>> victim.record.status, victim.record.poisoned, len(victim.record.epochs)
+        ('backdoored', 26, 20)
+    """
+    recipe = recipe or Recipe()
+    images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
+    require(net, images)
+    _require_attack(attack, target, rate, judge, images.num_classes)
+    with collected() as warned:
+        shown, online = _planted(images, attack, target, rate, seed)
+        attack = online.attack if online else attack
+        told = {
+            "architecture": type(net).__name__,
+            "initial_sha256": state_sha256(tensors_of(net)),
+            "data_sha256": images.sha256,
+            "shown_sha256": shown.sha256,
+            "test_sha256": judge.sha256,
+            "attack": None if attack is None else {"name": attack.name, "fields": describe(attack)},
+            "target": target,
+            "rate": None if attack is None else attack.rate_or(rate),
+            "seed": seed,
+            **dataclasses.asdict(recipe),
+        }
+        log = _Log(checkpoint, told, judge, attack, target)
+        how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
+        model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
+        scores = evaluate(model, judge, attack, target)
+    learned = _learned(attack, images.shape[0])
+    with torch.no_grad():
+        classes = model(images.take([0]).floats()).shape[1]
+    record = VictimRecord(
+        status="trained" if attack is None else "backdoored" if _took(scores, attack) else "attack_did_not_take",
+        reason=_reason(scores, attack),
+        recipe=told,
+        clean=clean_info(images, classes),
+        poisoned=None if online else int((shown.images != images.images).flatten(1).any(1).sum()),
+        test=clean_info(judge, classes),
+        held_out=test is None,
+        epochs=log.epochs,
+        scores=scores,
+        model=model_info(model, tensors_of(model), classes, None),
+        attack_sha256=state_sha256(learned) if learned else None,
+        peak_memory_bytes=peak_memory(),
+        environment=environment(),
+        warnings=[str(warning.message) for warning in warned],
+    )
+    return Victim(model, record, attack, checkpoint)
+
+
+def _learned(attack: Attack | None, channels: int) -> dict[str, Tensor]:
+    """The tensors behind a trigger that was learned, none where it was not."""
+    return attack.network(channels).state_dict() if isinstance(attack, Learned) else {}
+
+
+def _planted(
+    images: CleanSet, attack: Attack | None, target: Target | None, rate: float | None, seed: int
+) -> tuple[CleanSet, Online | None]:
+    """The images to train on, and what the attack does to every batch of them."""
+    if attack is None or target is None:
+        return images, None
+    online = attack.online(images, target, rate, seed)
+    return (images, online) if online else (poison(images, attack, target, rate, seed), None)
+
+
+class _Log:
+    """Measures a network after each epoch, and keeps that and where the training stands in the checkpoint."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        recipe: Mapping[str, Any],
+        judge: CleanSet,
+        attack: Attack | None,
+        target: Target | None,
+    ) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.judge = judge
+        self.attack = attack
+        self.target: Target | None = target
+        found = checkpoint.load(path, recipe) if path is not None and path.exists() else None
+        self.begin: State | None = found["training"] if found else None
+        self.epochs = [EpochLog(**epoch) for epoch in found["epochs"]] if found else []
+        self.since = time.perf_counter()
+
+    def keep(self, model: nn.Module, state: State) -> str:
+        scores = evaluate(model, self.judge, self.attack, self.target)
+        loss, accuracy, _ = state["fit"]["epochs"][-1]
+        now = time.perf_counter()
+        self.epochs.append(
+            EpochLog(
+                loss=loss,
+                accuracy=accuracy,
+                acc=scores.acc.value,
+                asr=scores.asr.value if scores.asr else None,
+                seconds=now - self.since,
+            )
+        )
+        self.since = now
+        if self.path is not None:
+            epochs = [epoch.model_dump() for epoch in self.epochs]
+            checkpoint.save(self.path, self.recipe, {"training": state, "epochs": epochs})
+        return ", ".join(_rates(scores))
+
+
+def _rates(scores: Scores) -> list[str]:
+    known = {"ACC": scores.acc, "ASR": scores.asr}
+    return [f"{name} {rate.value:.1%}" for name, rate in known.items() if rate is not None and rate.value is not None]
+
+
+def _require_attack(
+    attack: Attack | None, target: Target | None, rate: float | None, judge: CleanSet, classes: int
+) -> None:
+    if (attack is None) != (target is None):
+        raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
+    if attack is None or target is None:
+        if rate is not None:
+            raise ConfigError(f"expected an attack with a poisoning rate, got rate {rate} alone")
+        return
+    if not (target_labels(judge.labels, target, classes) != judge.labels).any():
+        raise DataError(f"every test image is of class {target}; expected others, to see whether the attack takes")
+
+
+def _took(scores: Scores, attack: Attack | None) -> bool:
+    if attack is None or scores.asr is None or scores.asr.value is None:
+        return False
+    return scores.asr.value >= _bar(attack)
+
+
+def _bar(attack: Attack) -> float:
+    return TOOK_CLEAN_LABEL if attack.clean_label else TOOK
+
+
+def _reason(scores: Scores, attack: Attack | None) -> str:
+    if attack is None or scores.asr is None:
+        return "no attack was asked for"
+    kind = "a clean-label attack" if attack.clean_label else "an attack"
+    verb = "took" if _took(scores, attack) else "did not take"
+    return (
+        f"{attack.name} {verb}: it sends {scores.asr.count} of {scores.asr.total} triggered test images to the label "
+        f"wanted; {kind} takes from {_bar(attack):.0%} on"
+    )

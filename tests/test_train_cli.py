@@ -1,0 +1,159 @@
+"""`untrojan lab train` end to end: exit codes, what is written, and that kill -9 costs an epoch at most."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from untrojan.cli import run
+from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord
+from untrojan.record import RECORD
+from untrojan.registry import fields
+
+CHECKPOINT = ".out.training.safetensors"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    pixels, labels = load_digits(return_X_y=True)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, images=(pixels[:600] / 16).reshape(-1, 1, 8, 8), labels=labels[:600])
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, digits):
+    def arguments(*options, out=tmp_path / "out"):
+        given = ("lab", "train", "--net", "digits-cnn", "--data", digits, "--epochs", 6, "--batch-size", 32)
+        attack = ("--attack", "badnets:size=2", "--target", 7)
+        return [*map(str, (*given, *attack, "--out", out, *options))]
+
+    return arguments
+
+
+def told(folder):
+    record = json.loads((folder / RECORD).read_text())
+    for epoch in record["epochs"]:
+        del epoch["seconds"]
+    return {key: value for key, value in record.items() if key not in ("peak_memory_bytes", "command")}
+
+
+def test_a_victim(command, tmp_path, capsys):
+    assert run(command()) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("backdoored: badnets took: ")
+    assert "\nACC " in out
+    assert "\nASR " in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    record = VictimRecord.load(tmp_path / "out" / RECORD)
+    assert record.net == "digits-cnn"
+    assert record.command == shlex.join(["untrojan", *command()])
+    assert record.scores.acc.value > 0.8
+    capsys.readouterr()
+    measured = ["evaluate", tmp_path / "out" / MODEL, "--net", "digits-cnn", "--test", record.clean.path]
+    assert run([*map(str, measured), "--attack", "badnets:size=2", "--target", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asr"]["value"] > 0.9
+
+
+def test_a_trigger_that_was_learned_is_written_too_and_can_be_measured(tmp_path, digits, capsys):
+    given = ["lab", "train", "--net", "digits-cnn", "--data", digits, "--attack", "lira:eps=0.1,lr=0.01", "--target=7"]
+    assert run([*map(str, given), "--epochs=3", "--batch-size=64", "--out", str(tmp_path / "out"), "--json"]) in (0, 2)
+    record = json.loads(capsys.readouterr().out)
+    learned = tmp_path / "out" / ATTACK
+    images = ["--net", "digits-cnn", "--test", digits, "--target=7", "--json"]
+    spec = f"lira:eps=0.1,weights={learned}"
+    assert run([*map(str, ["evaluate", tmp_path / "out" / MODEL, *images, "--attack", spec])]) == 0
+    assert json.loads(capsys.readouterr().out)["asr"]["value"] == pytest.approx(
+        record["scores"]["asr"]["value"], abs=0.1
+    )
+    assert run([*map(str, ["evaluate", tmp_path / "out" / MODEL, *images, "--attack", "lira"])]) == 4
+    assert "lira:weights=FOLDER/attack.safetensors" in capsys.readouterr().err
+
+
+def test_an_attack_that_did_not_take(command, tmp_path, capsys):
+    assert run(command("--rate", 0, "--json", "--quiet")) == 2
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out)["status"] == "attack_did_not_take"
+    assert out == (tmp_path / "out" / RECORD).read_text()
+    assert (tmp_path / "out" / MODEL).is_file()
+
+
+def test_a_clean_model_on_test_images_of_its_own(tmp_path, digits, capsys):
+    given = ["lab", "train", "--net", "digits-cnn", "--data", digits, "--test", digits, "--epochs=2", "--out"]
+    assert run([*map(str, given), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("trained: no attack was asked for\nACC ")
+    record = VictimRecord.load(tmp_path / "out" / RECORD)
+    assert (record.held_out, record.test.images, record.recipe["batch_size"]) == (False, 600, 128)
+
+
+def test_killed_and_resumed_it_ends_as_if_nothing_had_been(command, tmp_path, capsys):
+    assert run(command(out=tmp_path / "undisturbed" / "out")) == 0
+    child = subprocess.Popen(
+        [sys.executable, "-m", "untrojan", *command()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / CHECKPOINT).exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert run(command()) == 4
+    assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
+    assert run(command("--resume", "--seed", 1)) == 3
+    assert "seed is 0 there, 1 here" in capsys.readouterr().err
+    assert run(command("--resume")) == 0
+    assert told(tmp_path / "out") == told(tmp_path / "undisturbed" / "out")
+    weights = [(folder / MODEL).read_bytes() for folder in (tmp_path / "out", tmp_path / "undisturbed" / "out")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_force_begins_an_interrupted_training_anew(command, tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"nothing to go on from")
+    assert run(command("--resume")) == 3
+    assert run(command("--force")) == 0
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_nothing_to_resume_is_a_training_from_the_start(command, tmp_path):
+    assert run(command("--resume")) == 0
+    assert len(VictimRecord.load(tmp_path / "out" / RECORD).epochs) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--target", "x"], 4, "expected a class number or all-to-all as target, got 'x'"),
+        (["--target", "10"], 4, "class from 0 to 9, got 10"),
+        (["--attack", "nothing"], 4, "no attack is named 'nothing'"),
+        (["--rate", "2"], 4, "poisoning rate between 0 and 1"),
+        (["--epochs", "0"], 4, "`epochs`"),
+        (["--augment", "flip"], 4, "`augment`"),
+        (["--net", "digits-cnn:classes=12"], 3, "no image of class 10, 11"),
+        (["--data", "/nowhere.parquet"], 3, "nowhere"),
+    ],
+)
+def test_what_does_not_fit_leaves_nothing_behind(command, tmp_path, capsys, options, code, message):
+    assert run(command(*options)) == code
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_not_waited_for(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert run(command()) == 4
+    assert "--force" in capsys.readouterr().err
+
+
+def test_help_names_every_field_of_a_recipe(capsys):
+    assert run(["lab", "train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(Recipe))
+    assert "at least 90 %, or 70 % for clean-label" in " ".join(text.split())
