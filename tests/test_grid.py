@@ -1,4 +1,4 @@
-"""The grid: what decides a cell's key, and what the runner does with cells that are there, missing, failing or killed."""
+"""The grid: what decides a cell's key, and what the runner does with cells that are missing, failing or killed."""
 
 import json
 import multiprocessing
@@ -449,7 +449,9 @@ def _kill_as_a_command(call, folder):
 
 def _started(call):
     """The command in a process that need not import torch first, which would take most of the test."""
-    process = multiprocessing.get_context("forkserver").Process(target=command, args=(call,))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["untrojan.lab.runner"])
+    process = context.Process(target=command, args=(call,))
     process.start()
     return process
 

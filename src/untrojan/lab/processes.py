@@ -86,8 +86,9 @@ def _serve(connection: Connection, work: Callable[[Job], Answer]) -> None:
     os.dup2(2, 1)  # results of the command go to stdout, and nothing that a network prints
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    while True:
-        connection.send(work(connection.recv()))
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            connection.send(work(connection.recv()))
 
 
 def _end_with_parent() -> None:
