@@ -44,6 +44,7 @@ def outcome(before=None, after=None, **changes):
         "clean_in_test": 0,
         "stages": {},
         "repair_seconds": 1.0,
+        "measure_seconds": 1.0,
         "scan_seconds": 1.0,
         "total_seconds": 1.0,
         "peak_memory_bytes": 1,

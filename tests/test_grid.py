@@ -336,7 +336,7 @@ def record(cell, total, scan):
     rate = {"value": 0.5}
     scores = {"acc": rate, "asr": rate, "ra": rate, "der": 0.5}
     names = ("verdict", "suspect", "status", "reason", "repair_seconds", "peak_memory_bytes")
-    outcome = dict.fromkeys((*names, "units_changed", "units_total", "values_changed"), 1)
+    outcome = dict.fromkeys((*names, "units_changed", "units_total", "values_changed", "measure_seconds"), 1)
     outcome |= {"total_seconds": total, "scan_seconds": scan, "before": scores, "after": scores, "flags": []}
     outcome |= {"clean": {"images": 1}, "test": {"images": 1}}
     return json.dumps({**CellRecord.of(cell, error="").model_dump(), "error": None, "outcome": outcome})

@@ -46,6 +46,7 @@ def row(model="m", defense="clp", seed=0, asr=0.1, der=0.9, setup="s", **changes
         "ra_after": 0.8,
         "der": der,
         "repair_seconds": 2.0,
+        "measure_seconds": 0.5,
         "scan_seconds": 1.0,
         "total_seconds": 3.0,
         "peak_memory_bytes": 4_000_000,
@@ -63,7 +64,7 @@ def row(model="m", defense="clp", seed=0, asr=0.1, der=0.9, setup="s", **changes
 def failed(**changes):
     nothing = dict.fromkeys(
         ("verdict", "suspect", "status", "reason", "acc_before", "asr_before", "ra_before", "acc_after", "asr_after",
-         "ra_after", "der", "repair_seconds", "scan_seconds", "total_seconds", "peak_memory_bytes")
+         "ra_after", "der", "repair_seconds", "measure_seconds", "scan_seconds", "total_seconds", "peak_memory_bytes")
     )  # fmt: skip
     return row(**{"error": "Traceback: on purpose", **nothing, **changes})
 

@@ -40,6 +40,7 @@ class Outcome(BaseModel):
         clean_in_test: How many of the clean images are test images too, pixel for pixel.
         stages: Seconds of each stage of the repair.
         repair_seconds: Seconds of the repair with its checks, without the scan.
+        measure_seconds: Seconds of measuring ACC, ASR and RA.
         scan_seconds: Seconds of the scan, which other cells share.
         total_seconds: Seconds of the whole cell, reading files and measuring included, without the scan.
         peak_memory_bytes: Of the process, from the start of the cell to the end of the repair.
@@ -65,6 +66,7 @@ class Outcome(BaseModel):
     clean_in_test: int
     stages: dict[str, float]
     repair_seconds: float
+    measure_seconds: float
     scan_seconds: float
     total_seconds: float
     peak_memory_bytes: int

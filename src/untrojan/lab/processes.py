@@ -15,7 +15,8 @@ from untrojan.lab.work import Answer, Job, work
 class Processes:
     """A pool of worker processes; see :class:`untrojan.lab.runner.Pool`.
 
-    A worker ends with the process that started it, however that one ends, and one that dies is replaced.
+    A worker ends with the process that started it, however that one ends, and one that dies is replaced. A script that
+    uses the pool must do so under `if __name__ == "__main__":`, for workers import the script.
 
     Args:
         size: How many.

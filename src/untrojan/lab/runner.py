@@ -151,8 +151,8 @@ class _Run:
         while self._start_what_can():
             job, answer = self.pool.wait()
             self.working -= 1
-            ended = self._end(job, answer)
-            for _ in range(ended):
+            self._start_what_can()  # no worker waits until this answer is on the disk
+            for _ in range(self._end(job, answer)):
                 advance()
         return Ran(self.done, self.failed)
 

@@ -82,10 +82,14 @@ const tables = {
 const opened = new Set();
 let shown = AT_A_TIME;
 
+// What a person cannot see is spelled out, so that no name turns the direction of the words around it.
+const visible = (text) =>
+  `${text}`.replace(/[^\P{C}\n]/gu, (each) => `\\u{${each.codePointAt(0).toString(16)}}`);
+
 function make(tag, content, className) {
   const element = document.createElement(tag);
   if (className) element.className = className;
-  element.append(content);
+  element.append(content instanceof Node ? content : visible(content));
   return element;
 }
 
@@ -165,7 +169,7 @@ function drawRow(row, { columns, opens }) {
     const cell = document.createElement(index ? "td" : "th");
     cell.className = column.number ? "number" : column.name;
     if (opens && !index) {
-      const button = make("button", `${column.show(row)}`);
+      const button = make("button", column.show(row));
       button.ariaExpanded = opened.has(row);
       button.addEventListener("click", () => {
         if (!opened.delete(row)) opened.add(row);
@@ -176,7 +180,7 @@ function drawRow(row, { columns, opens }) {
       });
       cell.append(button);
     } else {
-      cell.append(`${column.show(row)}`);
+      cell.append(visible(column.show(row)));
     }
     const note = column.note?.(row);
     if (note) cell.append(make("small", note));
