@@ -9,6 +9,7 @@ import click
 from untrojan.cli import FAILED, printable
 from untrojan.cli.options import quiet_option, require_writable, working
 from untrojan.errors import ConfigError, RecordError
+from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
 from untrojan.lab.processes import Processes
 from untrojan.lab.runner import Plan, plan
@@ -28,8 +29,9 @@ def bench() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of records, made or added to.")
 @click.option("--dry-run", is_flag=True, help="Print what is missing and how long it will take, and run nothing.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Worker processes.  [default: one for each core]")
+@click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster, such as auto or 10.0.0.1:6379.")
 @quiet_option
-def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, quiet: bool) -> int:
+def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None, quiet: bool) -> int:
     """Run the cells of GRID, a TOML file, that have no record yet.
 
     A cell that fails leaves a record with its traceback, and the others go on; remove the record to run the cell again.
@@ -44,7 +46,7 @@ def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, quiet: bool) -> 
         click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))
         return 0
     with working(quiet):
-        ran = run_cells(cells, out, Processes(size))
+        ran = run_cells(cells, out, Cluster(ray, jobs) if ray else Processes(size))
     there = len(cells) - ran.done - len(ran.failed)
     click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {len(ran.failed)} failed now")
     for path in ran.failed:
