@@ -151,7 +151,8 @@ class _Run:
         while self._start_what_can():
             job, answer = self.pool.wait()
             self.working -= 1
-            self._start_what_can()  # no worker waits until this answer is on the disk
+            if job.scan is not None:  # cells may wait for a scan, but no worker until a result is on the disk
+                self._start_what_can()
             for _ in range(self._end(job, answer)):
                 advance()
         return Ran(self.done, self.failed)
