@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def attack(victim: Path, clean: Path, seed: int) -> untrojan.CleanSet:
-    """Train the victim on poisoned images, write it and some clean images, and give the test images back."""
+    """Train the victim on poisoned images, write it, clean images and test images, and give these back."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     everything = untrojan.CleanSet.of((pixels, np.asarray(labels)))
@@ -72,7 +72,8 @@ def attack(victim: Path, clean: Path, seed: int) -> untrojan.CleanSet:
     poisoned = poison(training, ATTACK, TARGET, RATE, seed)
     net = train(build(NET), poisoned, EPOCHS, seed, weight_decay=WEIGHT_DECAY)
     save_state(victim, net.state_dict())
-    np.savez(clean, images=held.images.numpy().transpose(0, 2, 3, 1), labels=held.labels.numpy())
+    for images, file in ((held, clean), (test, victim.with_name("test.npz"))):
+        np.savez(file, images=images.images.numpy().transpose(0, 2, 3, 1), labels=images.labels.numpy())
     say(f"   The weights go to {victim}, {len(held)} other images, all of them clean, to {clean}.")
     return test
 

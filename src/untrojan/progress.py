@@ -71,12 +71,12 @@ class Lines:
                 said, wait = now, min(2 * wait, max(wait, LEAST_OFTEN))
                 left = (total - done) * (now - start) / done
                 so_far = ", ".join(filter(None, (f"{done} of {total}", note, _pace(done, now - start))))
-                self._say(f"{name}: {so_far}, about {_span(left)} left")
+                self._say(f"{name}: {so_far}, about {span(left)} left")
 
         yield advance
         spent = time.monotonic() - start
         if spent >= self.quick or said != start:
-            self._say(f"{name}: done in {_span(spent)}")
+            self._say(f"{name}: done in {span(spent)}")
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
@@ -141,10 +141,16 @@ def _pace(steps: int, seconds: float) -> str:
     """Steps per second or seconds per step, whichever is above 1."""
     if steps >= seconds:
         return f"{steps / max(seconds, 1e-9):.1f}/s"
-    return f"{_span(seconds / steps)} each"
+    return f"{span(seconds / steps)} each"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """Write a time for people.
+
+    Example:
+        >>> span(3.14159), span(75), span(7230)
+        ('3.1 s', '1 min 15 s', '2 h 00 min')
+    """
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -4,6 +4,7 @@ Each kind of source becomes :class:`Rows`: labels known up front, images decoded
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -86,6 +87,38 @@ def open_rows(source: str | os.PathLike[str]) -> Rows:
     raise DataError(
         f"expected a .parquet or .npz file, a folder of shards, a saved data set or an image folder, got {path}"
     )
+
+
+def fingerprint(source: str | os.PathLike[str]) -> str:
+    """Hash what a source holds, without decoding it.
+
+    Args:
+        source: As for :func:`open_rows`. Of a folder the names count too, hidden files do not. Of a Hub id only the
+            name counts, for its content is not here.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Raises:
+        DataError: The source does not exist or cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.npz").write_bytes(b"same"), Path(folder, "b.npz").write_bytes(b"same")
+        ...     fingerprint(Path(folder, "a.npz")) == fingerprint(Path(folder, "b.npz"))
+        True
+    """
+    path = Path(source)
+    with _reading(path):
+        if path.is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.is_dir():
+            entries = [(each.name, fingerprint(each)) for each in _visible(path)]
+            return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        _require_hub_id(str(source))
+        return hashlib.sha256(json.dumps(["hub", str(source)]).encode()).hexdigest()
 
 
 def to_tensor(values: Any) -> Tensor:
@@ -349,10 +382,14 @@ def _open_saved(path: Path) -> Rows:
     return _open_dataset(saved, str(path))
 
 
-def _open_hub(source: str) -> Rows:
+def _require_hub_id(source: str) -> None:
     in_a_folder = "/" in source and Path(source).parent.is_dir()
     if in_a_folder or not _HUB_ID.fullmatch(source) or source.lower().endswith((".parquet", ".npz")):
         raise DataError(f"no such file or folder: {source}")
+
+
+def _open_hub(source: str) -> Rows:
+    _require_hub_id(source)
     import datasets
 
     try:

@@ -191,6 +191,27 @@ def describe(instance: object) -> dict[str, Any]:
     return TypeAdapter(type(instance)).dump_python(instance, mode="json")
 
 
+def spec(instance: object) -> str:
+    """Write a method as the shortest text that :func:`parse` makes it from; fields with their default are left out.
+
+    Args:
+        instance: The method.
+
+    Example:
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> spec(BadNets(size=4)), spec(BadNets())
+        ('badnets:size=4', 'badnets')
+    """
+    told = describe(instance)
+    given = [
+        f"{field.name}={told[field.name]}"
+        for field in fields(type(instance))
+        if getattr(instance, field.name) != field.default
+    ]
+    name = getattr(instance, "name", type(instance).__name__)
+    return f"{name}:{','.join(given)}" if given else name
+
+
 def documentation(cls: type) -> Documentation:
     r"""Take the docstring of a method apart; sections that it inherits do not count.
 

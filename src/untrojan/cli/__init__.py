@@ -25,7 +25,7 @@ class _Verbs(click.Group):
     """Verbs by name, each imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["scan", "screen", "repair", "evaluate", "restore", "methods", "lab"]
+        return ["scan", "screen", "repair", "evaluate", "restore", "methods", "lab", "bench"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -33,6 +34,7 @@ class Scores(BaseModel):
         target: The target class, or "all-to-all".
         images: How many images the set has.
         images_sha256: Which images these were.
+        predicted: How many of the clean images get each label, in label order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,7 @@ class Scores(BaseModel):
     target: Target | None = None
     images: int
     images_sha256: str
+    predicted: list[int] = Field(default_factory=list)
 
 
 def evaluate(
@@ -96,10 +99,16 @@ def evaluate(
     labels = images_set.labels
     passes = 1 if attack is None else 2
     with stage("evaluate", total=passes * math.ceil(len(images_set) / max(batch_size, 1))) as advance:
-        clean = logits(_Watched(model, None, advance), images_set, batch_size)
-        classes = _count_classes(clean, labels)
-        right = clean.argmax(1) == labels
-        scores = Scores(acc=_rate(right), images=len(images_set), images_sha256=images_set.sha256)
+        out = logits(_Watched(model, None, advance), images_set, batch_size)
+        classes = _count_classes(out, labels)
+        said = out.argmax(1)
+        right = said == labels
+        scores = Scores(
+            acc=_rate(right),
+            images=len(images_set),
+            images_sha256=images_set.sha256,
+            predicted=torch.bincount(said, minlength=classes).tolist(),
+        )
         if attack is None or target is None:
             return scores
         wanted = target_labels(labels, target, classes)

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,14 @@ def render(record: RunRecord) -> str:
     plots = figures(record, suspect)
     scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
     scripts.append(_read("page.js"))
-    return template("page.html.jinja", record).render(
+    return template("page.html.jinja", label=record.label).render(
         record=record,
         style=Markup(_read("page.css")),
         scripts=[Markup(script) for script in scripts],
-        hashes=[_csp_hash(script) for script in scripts],
+        hashes=[csp_hash(script) for script in scripts],
         plots=plots.keys(),
-        plots_json=Markup(_inside_script(json.dumps({"colors": COLORS, "figures": plots}))),
-        record_json=Markup(_inside_script(record.to_json())),
+        plots_json=Markup(inside_script(json.dumps({"colors": COLORS, "figures": plots}))),
+        record_json=Markup(inside_script(record.to_json())),
         verdict=_verdict(record),
         badge=_badge(record),
         suspect=suspect,
@@ -65,8 +66,8 @@ def render(record: RunRecord) -> str:
     )
 
 
-def template(name: str, record: RunRecord) -> "Template":
-    """Open a page template; text from the record is escaped in it, and made visible."""
+def template(name: str, **filters: Callable[..., str]) -> "Template":
+    """Open a page template, with filters of its own; text from the record is escaped in it, and made visible."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from untrojan.report.plots import visible
@@ -84,7 +85,7 @@ def template(name: str, record: RunRecord) -> "Template":
         "points": _points,
         "interval": _interval,
         "size": _size,
-        "label": record.label,
+        **filters,
     }
     return environment.get_template(name)
 
@@ -296,10 +297,11 @@ def _read(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def _inside_script(text: str) -> str:
+def inside_script(text: str) -> str:
     """JSON that cannot end the script element it stands in, whatever its strings hold."""
     return text.replace("<", "\\u003c")
 
 
-def _csp_hash(script: str) -> str:
+def csp_hash(script: str) -> str:
+    """What a content security policy must hold for the browser to run a script of the page."""
     return "'sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() + "'"

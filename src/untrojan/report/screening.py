@@ -33,7 +33,7 @@ def render(record: ScreeningRecord, images: Tensor) -> str:
     """
     from markupsafe import Markup
 
-    return template("screening.html.jinja", record).render(
+    return template("screening.html.jinja", label=record.label).render(
         record=record,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         badge=_VERDICTS[record.diagnosis.verdict],

@@ -137,6 +137,23 @@ class Checkpoint:
         return net.eval()
 
 
+def file_sha256(path: str | Path) -> str:
+    """Hash a file, as in :attr:`Checkpoint.sha256`.
+
+    Raises:
+        ModelError: The file is missing, unreadable or empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "net.safetensors"
+        ...     save_state(file, {"w": torch.zeros(1)})
+        ...     file_sha256(file) == Checkpoint.read(file).sha256
+        True
+    """
+    return sha256(_bytes(path))
+
+
 def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hash names, types, shapes and bits of a state dict, whatever file and order they came in.
 

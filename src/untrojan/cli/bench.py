@@ -1,0 +1,93 @@
+"""`untrojan bench`: measure defenses on models whose attack is known, a grid at a time."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from untrojan.cli import FAILED, printable
+from untrojan.cli.options import quiet_option, require_writable, working
+from untrojan.errors import ConfigError, RecordError
+from untrojan.lab.cluster import Cluster
+from untrojan.lab.grid import Grid
+from untrojan.lab.processes import Processes
+from untrojan.lab.runner import Plan, plan
+from untrojan.lab.runner import run as run_cells
+from untrojan.progress import span
+from untrojan.record import write_atomic
+from untrojan.registry import spec
+
+
+@click.group()
+def bench() -> None:
+    """Measure defenses on models whose attack is known, and compare them."""
+
+
+@bench.command()
+@click.argument("grid", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of records, made or added to.")
+@click.option("--dry-run", is_flag=True, help="Print what is missing and how long it will take, and run nothing.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Worker processes.  [default: one for each core]")
+@click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster, such as auto or 10.0.0.1:6379.")
+@quiet_option
+def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None, quiet: bool) -> int:
+    """Run the cells of GRID, a TOML file, that have no record yet.
+
+    A cell that fails leaves a record with its traceback, and the others go on; remove the record to run the cell again.
+    The command may be killed at any time: the next call goes on where it ended. Exits with 2 when cells failed.
+    """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; give a folder")
+    require_writable(out)
+    size = jobs or len(os.sched_getaffinity(0))
+    cells = Grid.load(grid).cells()
+    if dry_run:
+        click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))
+        return 0
+    with working(quiet):
+        ran = run_cells(cells, out, Cluster(ray, jobs) if ray else Processes(size))
+    there = len(cells) - ran.done - len(ran.failed)
+    click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {len(ran.failed)} failed now")
+    for path in ran.failed:
+        click.echo(f"failed: {path}")
+    click.echo(f"`untrojan bench report {out} --out page.html` shows the results.")
+    return FAILED if ran.failed else 0
+
+
+@bench.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write; replaced if there.")
+@click.option("--parquet", type=click.Path(path_type=Path), help="Also write a table with one row per cell.")
+def report(folder: Path, out: Path, parquet: Path | None) -> int:
+    """Write the records in FOLDER as one page that works offline: sortable, with a filter, every cell to open."""
+    from untrojan.report.leaderboard import read, render, write_parquet
+
+    for path in filter(None, (out, parquet)):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; give the file to write")
+        require_writable(path)
+    rows = read(folder)
+    if not rows:
+        raise RecordError(f"{folder} holds no records yet")
+    for path in filter(None, (out, parquet)):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, render(rows).encode())
+    if parquet:
+        write_parquet(rows, parquet)
+    click.echo(f"wrote {', '.join(str(path) for path in (out, parquet) if path)}: {len(rows)} cells")
+    return 0
+
+
+def _planned(planned: Plan, cells: int, size: int) -> Iterator[str]:
+    """The plan: a line for each model, defense and setting with what is missing of it, then the sums."""
+    groups: dict[tuple[str, str, str], list[tuple[int, float | None]]] = {}
+    for cell, seconds in zip(planned.missing, planned.seconds, strict=True):
+        groups.setdefault((cell.model, spec(cell.method), str(cell.setting)), []).append((cell.seed, seconds))
+    for name, missing in groups.items():
+        seconds = missing[0][1]
+        seeds = ", ".join(str(seed) for seed, _ in missing)
+        yield f"{', '.join(name)}: seed {seeds}; {'unknown' if seconds is None else f'{span(seconds)} each'}"
+    yield f"{cells} cells, {len(planned.missing)} to run, and {len(planned.scans)} scans that they share"
+    unknown = f", and {planned.unknown} cells and scans of unknown time" if planned.unknown else ""
+    yield f"predicted: {span(planned.known / size)} on {size} process{'es' if size > 1 else ''}{unknown}"
