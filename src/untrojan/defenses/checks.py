@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.model import correct, logits
+from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
 
 FOUND_AGAIN = 0.2
 _ROUNDING = 1e-9
-_ONE_SIDED = 1.645
 
 
 def within(drop: float, budget: float) -> bool:
@@ -22,9 +21,14 @@ def within(drop: float, budget: float) -> bool:
     return drop <= budget + _ROUNDING
 
 
-def lost_accuracy(right: Tensor, repaired: nn.Module, clean: CleanSet) -> float:
-    """Accuracy of the original, which gets the images `right`, less that of the repaired model, as a fraction."""
-    return float(right.double().mean() - correct(repaired, clean).double().mean())
+def losses(right: Tensor, now: Tensor) -> Tensor:
+    """What a repair costs on each image: 1 where only the original was right, -1 where only the repaired model is.
+
+    Args:
+        right: Which images the original gets right: bool `(n,)`.
+        now: The same for the repaired model.
+    """
+    return right.double() - now.double()
 
 
 def reachable(diagnosis: Diagnosis, clean: CleanSet) -> int | None:
@@ -33,34 +37,33 @@ def reachable(diagnosis: Diagnosis, clean: CleanSet) -> int | None:
     return None if label is None or bool((clean.labels == label).all()) else label
 
 
-def keeps_accuracy(before: Tensor, after: Tensor, lost: float, budget: float, held_out: bool) -> Check:
-    """The clean accuracy stays within the budget, image by image against the original.
+def keeps_accuracy(judged: Tensor, everywhere: Tensor, budget: float, held_out: bool) -> Check:
+    """The clean accuracy falls by no more than the budget, image by image against the original.
 
-    A hundred held-out images tell a loss to within some three points only, so there it has to exceed the budget by more
-    than its standard error explains, one-sided at 95 %. The loss of the delivered weights on all images must be within
-    the budget as it is.
+    A hundred images tell a loss to within some four points only. It exceeds the budget where all of its 95 % interval
+    does.
 
     Args:
-        before: Which images the original gets right: bool `(n,)`.
-        after: The same images for the repaired model.
-        lost: The loss of the delivered weights on all images, as a fraction.
-        budget: The accepted loss.
-        held_out: Whether nothing was fitted on these images.
+        judged: The :func:`losses` on the images that the method is judged by: `(n,)`.
+        everywhere: Those of the delivered weights on all images.
+        budget: The accepted loss, as a fraction.
+        held_out: Whether nothing was fitted on the first.
     """
-    losses = before.double() - after.double()
-    drop = float(losses.mean())
-    judged, noise = "the images that it was fitted on", 0.0
+    text = f"clean accuracy {_moves(judged)} on {'held-out images' if held_out else 'the images that it was fitted on'}"
     if held_out:
-        judged, noise = "held-out images", _ONE_SIDED * float(losses.std(correction=0)) / math.sqrt(len(losses))
-    text = f"clean accuracy {_moves(drop)} on {judged}"
-    if held_out:
-        text += f", give or take {noise:.1%}, and {_moves(lost)} on all of them with the weights delivered"
-    passed = within(max(drop - noise, lost), budget)
+        text += f", and {_moves(everywhere)} on all of them with the weights delivered"
+    passed = all(within(float(each.mean()) - _half(each), budget) for each in (judged, everywhere))
     return Check(name="keeps clean accuracy", passed=passed, detail=f"{text}; accepted are {budget:.1%}")
 
 
-def _moves(drop: float) -> str:
-    return f"falls by {drop:.1%}" if drop >= 0 else f"rises by {-drop:.1%}"
+def _moves(lost: Tensor) -> str:
+    drop = float(lost.mean())
+    return f"{'falls' if drop >= 0 else 'rises'} by {abs(drop):.1%} (give or take {_half(lost):.1%})"
+
+
+def _half(lost: Tensor) -> float:
+    """Half of the 95 % interval of a mean."""
+    return 1.96 * float(lost.std(correction=0)) / math.sqrt(len(lost))
 
 
 def resists_perturbation(
@@ -75,7 +78,7 @@ def resists_perturbation(
     passed, told = True, []
     for ball, found in _perturbations(model, clean, label, diagnosis, seed):
         before, after = (found.success(each, clean, label) for each in (model, repaired))
-        passed = passed and after <= allowed
+        passed = passed and _at_most(allowed, after, clean, label)
         told.append(
             f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in "
             f"the original sends {after:.0%} there now"
@@ -112,13 +115,19 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
     either = max(allowed, FOUND_AGAIN)
     return Check(
         name=name,
-        passed=now <= allowed and other.success <= either,
+        passed=_at_most(allowed, now, clean, label) and _at_most(either, other.success, clean, label),
         detail=(
             f"{patch} sends {patch.success:.0%} of the images to label {label} in the original and {now:.0%} now, "
             f"accepted are {allowed:.0%}; of patches as small, {other} does most now, with {other.success:.0%}, "
             f"accepted are {either:.0%}"
         ),
     )
+
+
+def _at_most(allowed: float, share: float, clean: CleanSet, label: int) -> bool:
+    """Whether a share of the images of other classes exceeds what is accepted by no more than chance, at 95 %."""
+    count = int((clean.labels != label).sum())
+    return share <= allowed + 1.96 * math.sqrt(allowed * (1 - allowed) / count)
 
 
 def _twice_fair(classes: int) -> float:

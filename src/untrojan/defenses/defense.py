@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import keeps_accuracy, lost_accuracy, resists_patches, resists_perturbation
+from untrojan.defenses.checks import keeps_accuracy, losses, resists_patches, resists_perturbation
 from untrojan.errors import ModelError, NoEffectWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
@@ -213,8 +213,9 @@ class Defense(ABC):
         if not len(clean):
             text = "there are no clean images to verify the result on"
             return [*outcome.checks, Check(name="is verified", passed=False, detail=text)]
-        lost = lost_accuracy(correct(model, clean), outcome.model, clean)
-        checks = [keeps_accuracy(outcome.before, outcome.after, lost, self.budget, outcome.held_out), *outcome.checks]
+        judged = losses(outcome.before, outcome.after)
+        everywhere = losses(correct(model, clean), correct(outcome.model, clean))
+        checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
         for dear in (resists_perturbation, resists_patches):
             if all(check.passed for check in checks):
                 checks.append(dear(model, outcome.model, clean, diagnosis, seed))

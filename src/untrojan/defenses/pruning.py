@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import lost_accuracy, within
+from untrojan.defenses.checks import losses, within
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.mask import Cut, HeldOut, Mask, Unit, budget, curve_point, sweep
 from untrojan.model import correct
@@ -154,7 +154,8 @@ class Pruning(Defense):
         """Prune less than chosen where all images' scores cost more of their accuracy than the budget."""
         right = correct(model, clean)
         while chosen is not None:
-            if within(lost_accuracy(right, cuts[chosen](scores).bake(model), clean), self.budget):
+            lost = losses(right, correct(cuts[chosen](scores).bake(model), clean))
+            if within(float(lost.mean()), self.budget):
                 return chosen
             chosen = chosen - 1 if chosen else None
         return None
