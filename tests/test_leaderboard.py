@@ -5,10 +5,10 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 
 import pyarrow.parquet
 import pytest
+from browser import opened
 from grids import SPOILS, Here, make_grid
 
 from untrojan.cli import run as command
@@ -210,9 +210,6 @@ def test_records_cannot_reach_into_the_page():
 @pytest.fixture
 def browse(tmp_path):
     """Open the page, do something with it, and give the page that is then there."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium to open the page in")
 
     def browse(rows, steps):
         page = render(rows)
@@ -220,16 +217,9 @@ def browse(tmp_path):
         allowed = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
         page = page.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
         page = page.replace("</body>", f"<script>{driver}</script></body>")
-        file = tmp_path / "page.html"
-        file.write_text(page, encoding="utf-8")
-        done = subprocess.run(
-            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
-             "--dump-dom", file.as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-        return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+        document, console = opened(page, tmp_path)
+        assert console == []
+        return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)[1])
 
     return browse
 

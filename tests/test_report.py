@@ -5,12 +5,11 @@ import io
 import json
 import random
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import jsonschema
 import pytest
+from browser import opened
 from PIL import Image
 from sarif_schema import SCHEMA
 
@@ -694,22 +693,11 @@ def test_sarif_speaks_about_the_weights_only():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_browser_draws_every_chart_without_an_error(pages, name, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium to open the page in")
-    file = tmp_path / "report.html"
-    file.write_text(pages[name], encoding="utf-8")
-    done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
-         "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    document, console = opened(pages[name], tmp_path)
     harmless = ("setting log level", "ResizeObserver loop completed")
     console = [line for line in console if not any(message in line for message in harmless)]
     assert console == []
-    dom = Page(done.stdout)
+    dom = Page(document)
     assert dom.data["title"] == Page(pages[name]).data["title"]
     drawn = [element for element in dom.elements if "bk-Figure" in (element[1].get("class") or "")]
     assert len(drawn) == len(CHARTS[name])

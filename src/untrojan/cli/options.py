@@ -135,14 +135,7 @@ def run_options(method: str, help: str) -> Callable[[Command], Command]:
                 "--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into."
             ),
             click.option("--method", default=method, show_default=True, metavar="NAME", help=help),
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**32 - 1),
-                metavar="N",
-                default=0,
-                show_default=True,
-                help="Draws the images and drives the method.",
-            ),
+            seed_option("Draws the images and drives the method."),
             sample_options,
             click.option(
                 "--clean",
@@ -211,6 +204,13 @@ def attack_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def seed_option(help: str) -> Callable[[Command], Command]:
+    """Add `--seed`; `help` says what it decides."""
+    return click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0, show_default=True, help=help
+    )
 
 
 def quiet_option(command: Command) -> Command:

@@ -15,6 +15,7 @@ from untrojan.cli.options import (
     quiet_option,
     require_output,
     sample_options,
+    seed_option,
     working,
 )
 from untrojan.record import RECORD, REPORT
@@ -41,14 +42,7 @@ from untrojan.scanners.samples import screen as rank
     help="Such as strip:blends=20, several times if you like; the first one ranks. Detectors are "
     "activation-clustering, cognitive-distillation, spectral-signatures, strip and unlearned.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Draws the clean images and drives the detectors.",
-)
+@seed_option("Draws the clean images and drives the detectors.")
 @click.option(
     "--shown",
     type=click.IntRange(min=1),

@@ -16,6 +16,7 @@ from untrojan.cli.options import (
     options_of,
     quiet_option,
     require_output,
+    seed_option,
     working,
 )
 from untrojan.errors import ConfigError
@@ -35,14 +36,7 @@ EXIT_CODES = {"trained": 0, "backdoored": 0, "attack_did_not_take": 2}
 @click.option("--test", metavar="DATA", help="Test images; left out, a fifth of the data is held out.")
 @attack_options
 @click.option("--rate", type=float, metavar="R", help="Poisoning rate in [0, 1]; left out, the published one.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Decides initial weights, poisoned images, and order.",
-)
+@seed_option("Decides initial weights, poisoned images, and order.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into.")
 @click.option("--resume", is_flag=True, help="Go on where this training was interrupted, if it was.")
 @click.option("--force", is_flag=True, help="Replace what is in the folder, or begin an interrupted training anew.")
