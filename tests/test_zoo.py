@@ -1,6 +1,6 @@
 """The zoo: what its file may hold, what is trained, kept, resumed and refused, and what opening a model checks."""
 
-import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sklearn.datasets import load_digits
 
 from untrojan.cli import run
-from untrojan.errors import ConfigError, DataError, ModelError, RecordError
+from untrojan.data import CleanSet
+from untrojan.errors import ConfigError, ModelError, RecordError
 from untrojan.lab import zoo as module
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
 from untrojan.lab.zoo import MANIFEST, Manifest, Zoo, fill, load, manifest
-from untrojan.data import CleanSet
 from untrojan.record import RECORD
 from untrojan.sources.files import Checkpoint, save_state
 
@@ -113,7 +112,7 @@ def test_a_file_that_is_no_zoo_is_refused(folder, tmp_path, old, new, told):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(ConfigError, match="cannot read nowhere.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read nowhere\.toml: No such file"):
         Zoo.load("nowhere.toml")
 
 
@@ -143,8 +142,6 @@ def test_a_model_that_is_opened_scores_as_its_record_says(filled, folder, attack
 
 
 def copied(filled, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(filled, tmp_path / "copied"))
 
 
@@ -219,13 +216,12 @@ def test_what_is_there_but_not_asked_for_is_told_and_left_alone(small, tmp_path,
     assert (tmp_path / "zoo" / MANIFEST).read_bytes() == told
 
 
-def test_a_model_that_fails_does_not_stop_the_others(small, tmp_path, capsys, monkeypatch):
+def test_a_model_that_fails_does_not_stop_the_others(small, tmp_path, capsys):
     command = small(nets=("nets.cnn = ", 'nets = { broken = "digits-cnn:classes=2", cnn = "digits-cnn" }\n#'))
     assert run(command) == 2
     out, _ = capsys.readouterr()
-    assert [line.split(" ")[1] for line in out.splitlines()[:4]] == ["failed:", "failed:", "trained,", "attack_did_not_take,"] or (
-        "backdoored," in out
-    )
+    assert [": failed: " in line for line in out.splitlines()[:4]] == [True, True, False, False]
+    assert "digits/broken/square/0: failed: " in out
     assert list(Manifest.load(tmp_path / "zoo" / MANIFEST).victims) == ["digits/cnn/clean/0", "digits/cnn/square/0"]
 
 

@@ -267,7 +267,8 @@ def load(name: str, root: str | Path, net: str | None = None) -> Victim:
     if differing:
         raise RecordError(f"{folder} is not what {root / MANIFEST} tells of: {', '.join(differing)} differ")
     record = VictimRecord.load(folder / RECORD)
-    return Victim(Checkpoint.read(folder / MODEL).into(_network(name, entry, net)), record, _attack(folder, record), None)
+    model = Checkpoint.read(folder / MODEL).into(_network(name, entry, net))
+    return Victim(model, record, _attack(folder, record), None)
 
 
 def _network(name: str, entry: Entry, net: str | None) -> nn.Module:
