@@ -67,7 +67,7 @@ def page() -> Iterator[str]:
     yield "# A zoo of victims\n"
     yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in `{ZOO.name}`."
     yield "ACC and ASR on the test images, in percent; the clean model has the same data, net, recipe and seed."
-    yield "Good is an attack with an ASR of at least 90 % (70 % if clean-label) and an ACC within 3 points of that model's."
+    yield "An attack is good with an ASR from 90 % on (70 % if clean-label) and ACC within 3 points of the clean model."
     yield f"Good are {len(good)} of {len(planted)}.\n" + (f"Not tried: {', '.join(missing)}.\n" if missing else "")
     yield "| data | network | attack | target | rate | ACC, clean model | ACC | ASR | status | good | seconds |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"

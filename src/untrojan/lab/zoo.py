@@ -5,7 +5,7 @@ all of them.
 """
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -149,7 +149,7 @@ class Zoo:
 
 
 class Entry(BaseModel):
-    """What the manifest tells of one model.
+    """What the manifest tells of one model; rates are in [0, 1].
 
     `record_sha256` is the hash of its record as a file, `state_sha256` and `attack_sha256` are those of the tensors of
     the model and of a trigger that was learned. The rest is what the record says: `recipe` holds the seed, too.
@@ -311,7 +311,7 @@ def _entry(folder: Path) -> Entry:
     )
 
 
-def _settled(member: Member, root: Path, images: Any) -> Outcome:
+def _settled(member: Member, root: Path, images: Callable[[str], CleanSet]) -> Outcome:
     folder = root / member.name
     try:
         train, test = images(member.data.train), images(member.data.test)
