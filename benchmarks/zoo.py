@@ -63,7 +63,8 @@ def page() -> Iterator[str]:
     known = {member.name: _record(member) for member in members}
     planted = [member for member in members if member.attack]
     good = [member for member in planted if _verdict(member, known) == "yes"]
-    missing = sorted(discover("untrojan.lab.attacks", Attack).keys() - {member.attack.name for member in members if member.attack})
+    tried = {member.attack.name for member in members if member.attack}
+    missing = sorted(discover("untrojan.lab.attacks", Attack).keys() - tried)
     yield "# A zoo of victims\n"
     yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in `{ZOO.name}`."
     yield "ACC and ASR on the test images, in percent; the clean model has the same data, net, recipe and seed."
