@@ -4,7 +4,8 @@ Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/
 
     python benchmarks/zoo.py images                              # write digits and trigger images to runs/zoo-images
     untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing
-    python benchmarks/zoo.py page                                # keep the records, and write zoo.md from them
+    python benchmarks/zoo.py records                             # keep the records
+    python benchmarks/zoo.py page                                # write zoo.md from them
 """
 
 import sys
@@ -51,11 +52,17 @@ def _write_set(name: str, images: CleanSet) -> None:
 
 def keep_records() -> None:
     told = manifest(ROOT)
+    if not told.victims:
+        raise SystemExit(f"there is nothing in {ROOT}; train the zoo first")
     for name in told.victims:
         path = RECORDS / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (ROOT / name / RECORD).read_bytes())
     write_atomic(RECORDS / MANIFEST, told.to_json().encode())
+
+
+def write_page() -> None:
+    write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
 
 
 def page() -> Iterator[str]:
@@ -115,13 +122,10 @@ def _percent(share: float | None) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["images"]:
-        return write_images()
-    if sys.argv[1:] != ["page"]:
+    verbs = {"images": write_images, "records": keep_records, "page": write_page}
+    if len(sys.argv) != 2 or sys.argv[1] not in verbs:
         raise SystemExit(__doc__)
-    keep_records()
-    write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
-    return None
+    verbs[sys.argv[1]]()
 
 
 if __name__ == "__main__":
