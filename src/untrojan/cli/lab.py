@@ -8,6 +8,7 @@ import click
 
 from untrojan.cli.options import field_cards, json_option, show_cards
 from untrojan.cli.train import train
+from untrojan.cli.zoo import zoo
 from untrojan.lab.attack import Attack
 from untrojan.registry import discover, documentation
 
@@ -18,6 +19,7 @@ def lab() -> None:
 
 
 lab.add_command(train)
+lab.add_command(zoo)
 
 
 @lab.command()

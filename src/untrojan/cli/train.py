@@ -21,7 +21,7 @@ from untrojan.cli.options import (
 )
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
-from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, make_victim
+from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, checkpoint_of, make_victim
 from untrojan.model import seeded
 from untrojan.record import RECORD
 from untrojan.registry import parse
@@ -98,7 +98,7 @@ train.params += options_of(Recipe)
 
 def _checkpoint(out: Path, resume: bool, force: bool) -> Path:
     """Where the training that ends in `out` is kept; gone when it shall begin anew."""
-    path = out.absolute().with_name(f".{out.absolute().name}.training.safetensors")
+    path = checkpoint_of(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or resume:
         return path

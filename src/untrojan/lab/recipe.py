@@ -191,14 +191,8 @@ def make_victim(
         told = {
             "architecture": type(net).__name__,
             "initial_sha256": state_sha256(tensors_of(net)),
-            "data_sha256": images.sha256,
             "shown_sha256": shown.sha256,
-            "test_sha256": judge.sha256,
-            "attack": None if attack is None else {"name": attack.name, "fields": describe(attack)},
-            "target": target,
-            "rate": None if attack is None else attack.rate_or(rate),
-            "seed": seed,
-            **dataclasses.asdict(recipe),
+            **asked(images, judge, attack, target, rate, recipe, seed),
         }
         log = _Log(checkpoint, told, judge, attack, target)
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
@@ -224,6 +218,43 @@ def make_victim(
         warnings=[str(warning.message) for warning in warned],
     )
     return Victim(model, record, attack, checkpoint)
+
+
+def asked(
+    images: CleanSet,
+    judge: CleanSet,
+    attack: Attack | None,
+    target: Target | None,
+    rate: float | None,
+    recipe: Recipe,
+    seed: int,
+) -> dict[str, Any]:
+    """Give what a record says of its recipe that is known before anything is poisoned, as values that JSON can hold.
+
+    Args:
+        images: The training images.
+        judge: The test images.
+        attack: The attack; `None` for a clean model.
+        target: Its target.
+        rate: Its poisoning rate; `None` for the published one.
+        recipe: How to train.
+        seed: The seed.
+    """
+    return {
+        "data_sha256": images.sha256,
+        "test_sha256": judge.sha256,
+        "attack": None if attack is None else {"name": attack.name, "fields": describe(attack)},
+        "target": target,
+        "rate": None if attack is None else attack.rate_or(rate),
+        "seed": seed,
+        **dataclasses.asdict(recipe),
+    }
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Where the training of the victim that ends in `folder` is kept until then: a hidden file beside it."""
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.training.safetensors")
 
 
 def _learned(attack: Attack | None, channels: int) -> dict[str, Tensor]:

@@ -1,0 +1,132 @@
+"""The zoo of `zoo.toml`: the images that it trains on, and the page about what came of it.
+
+Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/records/zoo`.
+
+    python benchmarks/zoo.py images                              # write digits and trigger images to runs/zoo-images
+    untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing
+    python benchmarks/zoo.py records                             # keep the records
+    python benchmarks/zoo.py page                                # write zoo.md from them
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from population import images_of
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.lab.attack import Attack
+from untrojan.lab.recipe import VictimRecord
+from untrojan.lab.zoo import CLEAN, MANIFEST, Member, Zoo, manifest
+from untrojan.record import RECORD, write_atomic
+from untrojan.registry import discover
+
+ZOO = Path("benchmarks/zoo.toml")
+IMAGES = Path("runs/zoo-images")
+ROOT = Path("runs/zoo")
+RECORDS = Path("benchmarks/records/zoo")
+PAGE = Path("benchmarks/zoo.md")
+COST = 0.03
+
+
+def write_images() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, images in zip(("train", "test"), images_of("digits"), strict=True):
+        _write_set(f"digits-{name}", images)
+        larger = functional.interpolate(images.images.float(), size=(32, 32), mode="bilinear")
+        _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
+    cross = np.maximum(np.eye(8), np.eye(8)[::-1]) * 100
+    corner, mask = np.zeros((8, 8)), np.zeros((8, 8))
+    corner[7, 5:], mask[7, 5:] = (255, 0, 255), 255
+    for name, values in {"cross": cross, "corner": corner, "corner-mask": mask}.items():
+        Image.fromarray(values.astype(np.uint8)).save(IMAGES / f"{name}.png")
+
+
+def _write_set(name: str, images: CleanSet) -> None:
+    np.savez(IMAGES / f"{name}.npz", images=images.images.numpy(), labels=images.labels.numpy())
+
+
+def keep_records() -> None:
+    told = manifest(ROOT)
+    if not told.victims:
+        raise SystemExit(f"there is nothing in {ROOT}; train the zoo first")
+    for name in told.victims:
+        path = RECORDS / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (ROOT / name / RECORD).read_bytes())
+    write_atomic(RECORDS / MANIFEST, told.to_json().encode())
+
+
+def write_page() -> None:
+    write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
+
+
+def page() -> Iterator[str]:
+    members = Zoo.load(ZOO).members()
+    known = {member.name: _record(member) for member in members}
+    planted = [member for member in members if member.attack]
+    good = [member for member in planted if _verdict(member, known) == "yes"]
+    tried = {member.attack.name for member in members if member.attack}
+    missing = sorted(discover("untrojan.lab.attacks", Attack).keys() - tried)
+    yield "# A zoo of victims\n"
+    yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in `{ZOO.name}`."
+    yield "ACC and ASR on the test images, in percent; the clean model has the same data, net, recipe and seed."
+    yield "An attack is good with an ASR from 90 % on (70 % if clean-label) and ACC within 3 points of the clean model."
+    yield f"Good are {len(good)} of {len(planted)}.\n" + (f"Not tried: {', '.join(missing)}.\n" if missing else "")
+    yield "| data | network | attack | target | rate | ACC, clean model | ACC | ASR | status | good | seconds |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield from (_row(member, known) for member in members if member.attack)
+    yield f"\nSettings that are not shown are the defaults; why some differ is said in `{ZOO.name}`."
+    yield "Seconds are those of all epochs and of measuring after each, on a core shared with other work."
+
+
+def _record(member: Member) -> VictimRecord | None:
+    path = RECORDS / f"{member.name}.json"
+    return VictimRecord.load(path) if path.exists() else None
+
+
+def _row(member: Member, known: dict[str, VictimRecord | None]) -> str:
+    data, net, _, _ = member.name.split("/")
+    record, control = known[member.name], known[_control(member)]
+    assert member.planted
+    start = [data, net, f"`{member.planted.attack}`"]
+    if record is None or control is None:
+        return f"| {' | '.join([*start, str(member.planted.target), '', '', '', '', 'not trained', 'no', ''])} |"
+    told = record.recipe
+    seconds = sum(epoch.seconds for epoch in record.epochs)
+    measured = [_percent(control.scores.acc.value), _percent(record.scores.acc.value)]
+    measured += [_percent(record.scores.asr.value if record.scores.asr else None), record.status.replace("_", " ")]
+    cells = [*start, str(told["target"]), f"{told['rate']:g}", *measured, _verdict(member, known), f"{seconds:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _verdict(member: Member, known: dict[str, VictimRecord | None]) -> str:
+    record, control = known[member.name], known[_control(member)]
+    if record is None or control is None or record.status != "backdoored":
+        return "no"
+    lost = (control.scores.acc.value or 0) - (record.scores.acc.value or 0)
+    return "yes" if lost <= COST else f"no: {100 * lost:.1f} points of ACC lost"
+
+
+def _control(member: Member) -> str:
+    data, net, _, seed = member.name.split("/")
+    return f"{data}/{net}/{CLEAN}/{seed}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def main() -> None:
+    verbs = {"images": write_images, "records": keep_records, "page": write_page}
+    if len(sys.argv) != 2 or sys.argv[1] not in verbs:
+        raise SystemExit(__doc__)
+    verbs[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()
