@@ -73,7 +73,7 @@ def test_cells_are_all_combinations_with_the_first_seed_first(cells):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("defenses = [", "expected a grid in TOML"),
+        ("defenses = [", "expected TOML"),
         ('defenses = ["clp"]', "`models`: field required"),
         ('defenses = ["clp"]\nsamples = 3\n[models.a]', "`samples`: unexpected keyword argument"),
         ('defenses = ["clp"]\n[models.a]\nfile = "a"', "`models.a.net`: field required"),

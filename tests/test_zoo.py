@@ -102,7 +102,7 @@ def test_it_lists_data_by_net_by_attack_by_seed_with_clean_models(folder):
         ('"square", "lira"', '"circle"', "data.digits: no attack is named 'circle'"),
         ('"square", "lira"', '"square", "square"', "digits/cnn/square/0 twice"),
         ("attacks.square", "attacks.clean", "attacks.clean: this is what the models without an attack are called"),
-        ("seeds =", "seeds", "expected a zoo in TOML"),
+        ("seeds =", "seeds", "expected TOML"),
     ],
 )
 def test_a_file_that_is_no_zoo_is_refused(folder, tmp_path, old, new, told):

@@ -11,7 +11,9 @@ import inspect
 import pkgutil
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,6 +150,35 @@ def make(cls: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"{getattr(cls, 'name', cls.__name__)}: {problems}; its fields are {known}") from error
 
 
+def read_toml(cls: type[T], path: str | Path) -> T:
+    """Build a configuration from a TOML file.
+
+    Args:
+        cls: Its class, a pydantic dataclass.
+        path: The file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML, or holds other things than the class has; the text tells
+            about all of them.
+
+    Example:
+        >>> import tempfile
+        >>> from untrojan.lab.attacks.badnets import BadNets
+        >>> with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        ...     _ = Path(file.name).write_text("size = 4")
+        ...     read_toml(BadNets, file.name).size
+        4
+    """
+    try:
+        return TypeAdapter(cls).validate_python(tomllib.loads(Path(path).read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(map(_in_file, error.errors()))}") from error
+    except ValueError as error:  # not TOML, or not text
+        raise ConfigError(f"expected TOML in {path}: {error}") from error
+
+
 def fields(cls: type) -> list[FieldInfo]:
     """List the fields of a method in their order, inherited ones included.
 
@@ -264,6 +295,11 @@ def _problem(kind: str, where: tuple[int | str, ...], message: str, came: object
     if kind == "value_error" and not where:
         return message.removeprefix("Value error, ")
     return f"`{field}`: {message[0].lower()}{message[1:]}, got {came!r}"
+
+
+def _in_file(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"`{where}`: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _signature(field: FieldInfo) -> str:

@@ -8,12 +8,11 @@ import functools
 import hashlib
 import itertools
 import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from untrojan import __version__
@@ -21,7 +20,7 @@ from untrojan.defenses.defense import Defense
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
 from untrojan.readers import fingerprint
-from untrojan.registry import describe, parse, spec
+from untrojan.registry import describe, parse, read_toml, spec
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import file_sha256
 
@@ -143,14 +142,7 @@ class Grid:
             Traceback (most recent call last):
             untrojan.errors.ConfigError: .../grid.toml: `models`: field required
         """
-        try:
-            return TypeAdapter(cls).validate_python(tomllib.loads(Path(path).read_text("utf-8")))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
-        except ValueError as error:  # not TOML, or not text
-            raise ConfigError(f"expected a grid in TOML in {path}: {error}") from error
+        return read_toml(cls, path)
 
     def cells(self) -> list[Cell]:
         """List the cells: all models and defenses of the first seed first.
@@ -243,8 +235,3 @@ def _told(method: Any) -> dict[str, Any]:
 
 def _hash(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _problem(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    return f"`{where}`: {error['msg'][0].lower()}{error['msg'][1:]}"

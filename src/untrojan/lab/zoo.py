@@ -4,13 +4,12 @@ Each has a folder of its own, `ROOT/<data>/<net>/<attack, or clean>/<seed>`, and
 all of them.
 """
 
-import tomllib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -20,7 +19,7 @@ from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
 from untrojan.model import seeded
 from untrojan.record import RECORD, AnyRecord, sha256, write_atomic
-from untrojan.registry import discover, make, parse
+from untrojan.registry import discover, make, parse, read_toml
 from untrojan.sources.files import Checkpoint, state_sha256
 from untrojan.sources.nets import NETS, build
 
@@ -116,14 +115,7 @@ class Zoo:
             Traceback (most recent call last):
             untrojan.errors.ConfigError: .../zoo.toml: `data`: field required
         """
-        try:
-            return TypeAdapter(cls).validate_python(tomllib.loads(Path(path).read_text("utf-8")))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
-        except ValueError as error:  # not TOML, or not text
-            raise ConfigError(f"expected a zoo in TOML in {path}: {error}") from error
+        return read_toml(cls, path)
 
     def members(self) -> list[Member]:
         """List the models: data set by data set, the first seed first, the clean model before those with a backdoor.
@@ -355,8 +347,3 @@ def _require_same(member: Member, images: CleanSet, test: CleanSet, entry: Entry
     differing += ["net"] if entry.net != member.net else []
     if differing:
         raise RecordError(f"{folder} holds another model than the zoo asks for ({', '.join(differing)}); remove it")
-
-
-def _problem(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    return f"`{where}`: {error['msg'][0].lower()}{error['msg'][1:]}"
