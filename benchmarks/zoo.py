@@ -6,11 +6,16 @@ Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/
     untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing
     python benchmarks/zoo.py records                             # keep the records
     python benchmarks/zoo.py page                                # write zoo.md from them
+    python benchmarks/zoo.py grid                                # write runs/zoo.toml: auto on every victim
+    untrojan bench run runs/zoo.toml --out runs/zoo-cells        # run what is missing of it
+    python benchmarks/zoo.py cells                               # keep its records; `page` writes them too
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +25,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.lab.attack import Attack
-from untrojan.lab.recipe import VictimRecord
+from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
 from untrojan.lab.zoo import CLEAN, MANIFEST, Member, Zoo, manifest
 from untrojan.record import RECORD, write_atomic
 from untrojan.registry import discover
@@ -30,6 +35,8 @@ IMAGES = Path("runs/zoo-images")
 ROOT = Path("runs/zoo")
 RECORDS = Path("benchmarks/records/zoo")
 PAGE = Path("benchmarks/zoo.md")
+GRID = Path("runs/zoo.toml")
+CELLS = Path("runs/zoo-cells")
 COST = 0.03
 
 
@@ -39,6 +46,10 @@ def write_images() -> None:
         _write_set(f"digits-{name}", images)
         larger = functional.interpolate(images.images.float(), size=(32, 32), mode="bilinear")
         _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
+    for data in ("digits", "digits-32"):
+        judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(0.5, seed=0)
+        _write_set(f"{data}-clean", clean)
+        _write_set(f"{data}-judge", judge)
     cross = np.maximum(np.eye(8), np.eye(8)[::-1]) * 100
     corner, mask = np.zeros((8, 8)), np.zeros((8, 8))
     corner[7, 5:], mask[7, 5:] = (255, 0, 255), 255
@@ -61,8 +72,65 @@ def keep_records() -> None:
     write_atomic(RECORDS / MANIFEST, told.to_json().encode())
 
 
+def write_grid() -> None:
+    """Ask for `auto` on every victim and clean model; half of the test images are its clean ones, half judge it."""
+    lines = ['defenses = ["auto"]', ""]
+    for member in Zoo.load(ZOO).members():
+        record = _record(member)
+        if record is None or record.status == "attack_did_not_take":
+            continue
+        images = IMAGES / member.name.partition("/")[0]
+        lines += [f'[models."{member.name}"]', f'file = "{ROOT / member.name / MODEL}"', f'net = "{record.net}"']
+        lines += [f'clean = "{images}-clean.npz"', f'test = "{images}-judge.npz"']
+        if member.planted:
+            target = json.dumps(member.planted.target)
+            lines += [f'attack = "{_attack(member, record)}"', f"target = {target}"]
+        lines.append("")
+    write_atomic(GRID, "\n".join(lines).encode())
+
+
+def _attack(member: Member, record: VictimRecord) -> str:
+    assert member.planted
+    spec = member.planted.attack
+    if record.attack_sha256 is None:
+        return spec
+    return f"{spec}{',' if ':' in spec else ':'}weights={ROOT / member.name / ATTACK}"
+
+
+def keep_cells() -> None:
+    for path in sorted(CELLS.glob("cells/*/*.json")):
+        kept = RECORDS.parent / "zoo-auto" / path.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, path.read_bytes())
+
+
 def write_page() -> None:
-    write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
+    write_atomic(PAGE, ("\n".join([*page(), *repaired()]) + "\n").encode())
+
+
+def repaired() -> Iterator[str]:
+    """What `auto` made of the victims and of the clean models."""
+    cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
+    rows = {cell["model"]: cell for cell in cells}
+    yield "\n## `auto` on these models\n"
+    yield "Half of the test images were its clean images, and the other half measured the result; one seed.\n"
+    yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, cell in sorted(rows.items()):
+        told = cell["outcome"]
+        if told is None:
+            yield f"| {name} | | | failed to run | | | |"
+            continue
+        named = "" if told["suspect"] is None else str(told["suspect"])
+        seconds = told["repair_seconds"] + told["scan_seconds"]
+        yield (
+            f"| {name} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
+            f"{_three(told['after'])} | {seconds:.0f} |"
+        )
+
+
+def _three(scores: dict[str, Any]) -> str:
+    return " / ".join(_percent(scores[key]["value"]) for key in ("acc", "asr", "ra") if scores[key])
 
 
 def page() -> Iterator[str]:
@@ -122,7 +190,13 @@ def _percent(share: float | None) -> str:
 
 
 def main() -> None:
-    verbs = {"images": write_images, "records": keep_records, "page": write_page}
+    verbs = {
+        "images": write_images,
+        "records": keep_records,
+        "page": write_page,
+        "grid": write_grid,
+        "cells": keep_cells,
+    }
     if len(sys.argv) != 2 or sys.argv[1] not in verbs:
         raise SystemExit(__doc__)
     verbs[sys.argv[1]]()

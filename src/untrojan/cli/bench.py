@@ -89,5 +89,6 @@ def _planned(planned: Plan, cells: int, size: int) -> Iterator[str]:
         seeds = ", ".join(str(seed) for seed, _ in missing)
         yield f"{', '.join(name)}: seed {seeds}; {'unknown' if seconds is None else f'{span(seconds)} each'}"
     yield f"{cells} cells, {len(planned.missing)} to run, and {len(planned.scans)} scans that they share"
-    unknown = f", and {planned.unknown} cells and scans of unknown time" if planned.unknown else ""
-    yield f"predicted: {span(planned.known / size)} on {size} process{'es' if size > 1 else ''}{unknown}"
+    parts = [f"{span(planned.known / size)} on {size} process{'es' if size > 1 else ''}"] if planned.known else []
+    parts += [f"{planned.unknown} cells and scans of unknown time"] if planned.unknown else []
+    yield f"predicted: {', and '.join(parts) or 'nothing to do'}"
