@@ -8,7 +8,7 @@ from untrojan.errors import RecordError
 from untrojan.lab.attack import Target
 from untrojan.lab.evaluate import Scores
 from untrojan.lab.grid import Cell
-from untrojan.record import SCHEMA_VERSION, Check, CleanInfo, Status, Verdict
+from untrojan.record import AnyRecord, Check, CleanInfo, Status, Verdict
 from untrojan.registry import spec
 
 
@@ -75,7 +75,7 @@ class Outcome(BaseModel):
     flags: list[Flag] = Field(default_factory=list)
 
 
-class CellRecord(BaseModel):
+class CellRecord(AnyRecord):
     """One cell of a grid: what was asked, and what came out.
 
     Attributes:
@@ -94,10 +94,7 @@ class CellRecord(BaseModel):
         error: The traceback of a cell that failed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int = SCHEMA_VERSION
-    kind: Literal["cell"] = "cell"
+    kind: Literal["cell"] = "cell"  # pyright: ignore[reportIncompatibleVariableOverride]
     key: str
     scan: str
     setup: str
@@ -138,5 +135,5 @@ class CellRecord(BaseModel):
         )
 
     def to_json(self) -> str:
-        """The record as JSON with a newline at the end."""
+        """The record as JSON in one line, for there are many."""
         return self.model_dump_json() + "\n"

@@ -10,8 +10,6 @@ from untrojan.lab.attack import Attack, Target
 from untrojan.lab.cell import Flag, Outcome
 from untrojan.record import Rate
 
-TOOK = 0.9
-TOOK_CLEAN_LABEL = 0.7
 PRECISION = 0.05
 
 Rule = Callable[[Outcome, Attack | None, Target | None], str | None]
@@ -25,7 +23,7 @@ def attack_missed(outcome: Outcome, attack: Attack | None, target: Target | None
     asr, acc = outcome.before.asr, outcome.before.acc
     if attack is None or asr is None or asr.value is None or acc.value is None:
         return None
-    least = (TOOK_CLEAN_LABEL if attack.clean_label else TOOK) * (acc.value if target == "all-to-all" else 1)
+    least = attack.bar * (acc.value if target == "all-to-all" else 1)
     return f"ASR before the repair is {asr.value:.1%}, expected at least {least:.1%}" if asr.value < least else None
 
 

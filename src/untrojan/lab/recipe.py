@@ -27,8 +27,6 @@ from untrojan.sources.files import save_state, state_sha256
 
 MODEL, ATTACK = "model.safetensors", "attack.safetensors"
 HELD_OUT = 0.2
-TOOK, TOOK_CLEAN_LABEL = 0.9, 0.7
-"""The attack success rates from which on an attack took, in [0, 1]."""
 
 _AUGMENTS: dict[str, Augment | None] = {"none": None, "crop": crop, "crop-flip": crop_flip}
 
@@ -334,11 +332,7 @@ def _require_attack(
 def _took(scores: Scores, attack: Attack | None) -> bool:
     if attack is None or scores.asr is None or scores.asr.value is None:
         return False
-    return scores.asr.value >= _bar(attack)
-
-
-def _bar(attack: Attack) -> float:
-    return TOOK_CLEAN_LABEL if attack.clean_label else TOOK
+    return scores.asr.value >= attack.bar
 
 
 def _reason(scores: Scores, attack: Attack | None) -> str:
@@ -348,5 +342,5 @@ def _reason(scores: Scores, attack: Attack | None) -> str:
     verb = "took" if _took(scores, attack) else "did not take"
     return (
         f"{attack.name} {verb}: it sends {scores.asr.count} of {scores.asr.total} triggered test images to the label "
-        f"wanted; {kind} takes from {_bar(attack):.0%} on"
+        f"wanted; {kind} takes from {attack.bar:.0%} on"
     )
