@@ -70,9 +70,11 @@ class Auto(Tuning):
         perturbation, and 1 F for each of up to 26,000 on which patches are compared.
 
     Example:
+        >>> from untrojan.record import Diagnosis, Target
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> Auto(rounds=1, steps=2, search_steps=5).repair(build("digits-cnn"), clean).record.method.name
+        >>> found = Diagnosis(verdict="found", rule="given", targets=[Target(label=7, score=1)], runs=[])
+        >>> Auto(rounds=1, steps=2, search_steps=5).repair(build("digits-cnn"), clean, found).record.method.name
         'auto'
 
     References:

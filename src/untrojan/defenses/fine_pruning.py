@@ -42,9 +42,11 @@ class FinePruning(Tuning):
         per image that is trained on and 100 F per image held out.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> FinePruning(epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> FinePruning(epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'fine-pruning'
 
     References:

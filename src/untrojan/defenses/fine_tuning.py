@@ -31,9 +31,11 @@ class FineTuning(Tuning):
         3 F per image and epoch: 300 F per image, where F is one image through the network once.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> FineTuning(epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> FineTuning(epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'fine-tuning'
 
     References:

@@ -75,9 +75,11 @@ class FMP(Tuning):
         once: 128 (1.5 maps + 2) F for the maps of all layers with 64 or more; then 30 F per image to fine-tune.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> FMP(p=16, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> FMP(p=16, epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'fmp'
 
     References:

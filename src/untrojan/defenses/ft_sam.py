@@ -41,9 +41,11 @@ class FTSAM(Tuning):
         6 F per image and epoch, twice that of plain fine-tuning: 600 F per image.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> FTSAM(epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> FTSAM(epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'ft-sam'
 
     References:

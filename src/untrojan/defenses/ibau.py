@@ -56,9 +56,11 @@ class IBAU(Tuning):
         for the one that reaches the weights. Choosing a round adds 1 F per held-out image and round.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> IBAU(rounds=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> IBAU(rounds=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'i-bau'
 
     References:

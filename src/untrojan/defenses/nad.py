@@ -50,9 +50,11 @@ class NAD(Tuning):
         images are augmented): 91 F per image, where F is one image through the network once.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> NAD(teacher_epochs=1, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> NAD(teacher_epochs=1, epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'nad'
 
     References:

@@ -45,10 +45,12 @@ class NeuralCleanse(Tuning):
         221 F per image with a suspected label, 60 F and 161 F per class without.
 
     Example:
+        >>> from untrojan.record import Diagnosis, Target
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
+        >>> found = Diagnosis(verdict="found", rule="given", targets=[Target(label=7, score=1)], runs=[])
         >>> method = NeuralCleanse(mask_epochs=1, epochs=1)
-        >>> method.repair(build("digits-cnn"), clean).record.method.name
+        >>> method.repair(build("digits-cnn"), clean, found).record.method.name
         'neural-cleanse'
 
     References:

@@ -47,9 +47,11 @@ class NFT(Tuning):
         there are.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> NFT(iterations=2).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> NFT(iterations=2).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'nft'
 
     References:

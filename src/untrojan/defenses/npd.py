@@ -58,9 +58,11 @@ class NPD(Tuning):
         layers behind it, in addition.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> NPD(warmup_epochs=1, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> NPD(warmup_epochs=1, epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'npd'
 
     References:

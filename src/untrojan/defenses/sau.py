@@ -52,9 +52,11 @@ class SAU(Tuning):
         the frozen copy takes 1 F. A search ends early where every example of the batch is shared.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> SAU(epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> SAU(epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'sau'
 
     References:

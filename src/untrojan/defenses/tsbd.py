@@ -56,9 +56,11 @@ class TSBD(Tuning):
         and epoch to fine-tune: 120 F per image. Unlearning ends at the floor, usually long before its last epoch.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> TSBD(unlearn_epochs=1, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> TSBD(unlearn_epochs=1, epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'tsbd'
 
     References:

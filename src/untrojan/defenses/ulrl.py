@@ -49,9 +49,11 @@ class ULRL(Unlearning, Tuning):
         image through the network once.
 
     Example:
+        >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> ULRL(unlearn_epochs=1, epochs=1).repair(build("digits-cnn"), clean).record.method.name
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> ULRL(unlearn_epochs=1, epochs=1).repair(build("digits-cnn"), clean, suspicion).record.method.name
         'ulrl'
 
     References:

@@ -165,7 +165,9 @@ def screen(
     Example:
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
-        >>> screening = screen(build("digits-cnn"), clean, clean, detectors=[Unlearned(unlearn_epochs=1)])
+        >>> suspicion = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
+        >>> how = {"detectors": [Unlearned(unlearn_epochs=1)], "diagnosis": suspicion}
+        >>> screening = screen(build("digits-cnn"), clean, clean, **how)
         >>> screening.table().column_names
         ['index', 'label', 'predicted', 'unlearned', 'rank']
     """
