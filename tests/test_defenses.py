@@ -19,7 +19,9 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
+from untrojan.scanners.inversion import bounded
 from untrojan.scanners.patches import search
+from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -47,11 +49,16 @@ methods = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _short_checks(monkeypatch):
-    """What the checks find is tested elsewhere; here they only have to run."""
+def _short_searches(monkeypatch):
+    """What searches for triggers find is tested elsewhere; here they only have to run."""
     monkeypatch.setattr("untrojan.scanners.inversion.ROUNDS", 1)
     monkeypatch.setattr("untrojan.scanners.inversion.EPOCHS", 1)
+    monkeypatch.setattr("untrojan.scanners.patches.CLIMBS", 1)
+    monkeypatch.setattr("untrojan.scanners.triggers.FAINT_STEPS", (2, 2))
     monkeypatch.setattr("untrojan.defenses.checks.search", partial(search, steps=2))
+    monkeypatch.setattr("untrojan.defenses.auto.bounded", partial(bounded, steps=2))
+    scanner = partial(TriggerScanner, runs=2, search_steps=2, refine_steps=2)
+    monkeypatch.setattr("untrojan.defenses.defense.TriggerScanner", scanner)
 
 
 @pytest.fixture(autouse=True)
