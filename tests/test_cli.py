@@ -42,6 +42,11 @@ COMMAND = str(Path(sys.executable).with_name("untrojan"))
 FILES = {REPAIRED, CHANGES, REPORT, RECORD}
 QUICK = ("--method=rnp", "--unlearn-epochs=2", "--floor=0.99", "--recover-epochs=1", "--select=count", "--count=3")
 UNRELIABLE = ("--method=rnp", "--unlearn-epochs=2", "--floor=1e-9", "--recover-epochs=1")
+SCANS_QUICKLY = (
+    "import os, signal, sys, untrojan.cli, untrojan.record as record, untrojan.defenses.defense as defense\n"
+    "from untrojan.scanners.unlearning import UnlearningScanner\n"
+    "defense.TriggerScanner = UnlearningScanner\n"
+)
 ENDLESS = ("--method=rnp", "--unlearn-epochs", "1000000", "--floor", "1e-9")
 NET = "digits-cnn"
 
@@ -441,7 +446,7 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
 
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
     killed = (
-        "import os, signal, sys, untrojan.cli, untrojan.record as record\n"
+        f"{SCANS_QUICKLY}"
         "record._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "untrojan.cli.run(sys.argv[1:])"
     )
@@ -453,11 +458,11 @@ def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
-def on_a_terminal(arguments, act):
+def on_a_terminal(arguments, act, program=(COMMAND,)):
     """Run with a terminal of 80 columns on stderr; `act` is called once with the process when a bar is there."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([COMMAND, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    process = subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):
@@ -487,7 +492,8 @@ def test_stopped_run_ends_cleanly(command, tmp_path, stop):
 
 
 def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
-    code, out, shown = on_a_terminal(command(*QUICK, "--json"), None)
+    program = sys.executable, "-c", f"{SCANS_QUICKLY}sys.exit(untrojan.cli.run(sys.argv[1:]))"
+    code, out, shown = on_a_terminal(command(*QUICK, "--json"), None, program)
     assert code in (0, 2)
     assert Record.model_validate_json(out)
     assert "━" in shown

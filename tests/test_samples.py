@@ -73,23 +73,29 @@ def roc(scores, poisoned):
 # Chance
 
 
+def ranked(detector, own_label=False):
+    """How well poisoned samples are told from all others, or from those of their label: the mean over two victims."""
+    rocs = []
+    for target in (3, 7):
+        net, clean = backdoored(target)
+        suspects, poisoned = planted(target, 20)
+        scores = detector.score(net, clean, Suspects.of(suspects), UNKNOWN)
+        judged = suspects.labels == target if own_label else torch.ones(len(suspects), dtype=torch.bool)
+        rocs.append(roc(scores[judged], poisoned[judged]))
+    return np.mean(rocs)
+
+
 @pytest.mark.parametrize(
     ("detector", "least"),
-    [
-        (Unlearned(), 0.9),
-        (Unlearned(by="change"), 0.9),
-        (Strip(blends=30), 0.7),
-        (SpectralSignatures(), 0.7),
-        (ActivationClustering(), 0.7),
-    ],
-    ids=["unlearned", "unlearned by change", "strip", "spectral-signatures", "activation-clustering"],
+    [(Unlearned(), 0.9), (Unlearned(by="change"), 0.9), (Strip(blends=30), 0.9), (SpectralSignatures(), 0.7)],
+    ids=["unlearned", "unlearned by change", "strip", "spectral-signatures"],
 )
-@pytest.mark.parametrize("target", [3, 7])
-def test_poisoned_samples_rank_above_others(detector, least, target):
-    net, clean = backdoored(target)
-    suspects, poisoned = planted(target, 20)
-    scores = detector.score(net, clean, Suspects.of(suspects), UNKNOWN)
-    assert roc(scores, poisoned) > least
+def test_poisoned_samples_rank_above_others(detector, least):
+    assert ranked(detector) > least
+
+
+def test_clusters_tell_poisoned_samples_from_others_of_their_label():
+    assert ranked(ActivationClustering(), own_label=True) > 0.9
 
 
 def test_cognitive_distillation_ranks_images_above_of_which_little_matters():

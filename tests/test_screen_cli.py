@@ -68,7 +68,7 @@ def verdict(monkeypatch):
     return tell
 
 
-def test_a_screening(call, tmp_path):
+def test_a_screening(call, verdict, tmp_path):
     code, out, _ = call("--seed", 1, "--shown", 12)
     record = ScreeningRecord.load(tmp_path / "out" / "record.json")
     assert code == {"found": 1, "inconclusive": 2}[record.diagnosis.verdict]
@@ -80,6 +80,7 @@ def test_a_screening(call, tmp_path):
     assert list(table) == ["index", "label", "predicted", "unlearned", "rank"]
     assert np.mean(table["rank"][-10:]) < 20
 
+    verdict(record.diagnosis.verdict)
     again = call("--seed", 1, "--shown", 12, "--force")
     assert again[0] == code
     assert pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict() == table

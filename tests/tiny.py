@@ -164,7 +164,7 @@ def backdoored(target):
     clean = CleanSet(images[1200:1500], labels[1200:1500])
     images[:120, :, 6:, 6:], labels[:120] = 1, target
     torch.manual_seed(0)
-    return train(nets.build("digits-cnn"), CleanSet(images[:1200], labels[:1200]), epochs=12), clean
+    return train(nets.build("digits-cnn"), CleanSet(images[:1200], labels[:1200]), epochs=20), clean
 
 
 SQUARE = 9
