@@ -14,6 +14,7 @@ from untrojan.mask import Mask
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import make
+from untrojan.scanners.unlearning import UnlearningScanner
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 
@@ -165,7 +166,7 @@ def test_pruning_takes_the_backdoor():
     images = clean.floats()
     images[:, :, 6:, 6:] = 1
     others = clean.labels != 7
-    repair = RNP(select="threshold", threshold=0).repair(net, clean)
+    repair = RNP(select="threshold", threshold=0).repair(net, clean, UnlearningScanner().scan(net, clean))
     with torch.no_grad():
         fooled, still = ((model(images).argmax(1)[others] == 7).float().mean() for model in (net, repair.model))
     assert fooled > 0.9
