@@ -1,16 +1,20 @@
-# `make demo`, `make test`, `make docs` and `make lint` work on a fresh machine with Python 3.11 or newer: what they need
-# is installed into .venv, once, and again only when the requirements change.
+# `make demo`, `make test`, `make test-slow`, `make docs` and `make lint` work on a fresh machine with Python 3.11 or
+# newer: what they need is installed into .venv, once, and again only when the requirements change.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test test-slow docs lint clean
 
 demo: .venv/ready
 	@$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+# The few tests from end to end that take longer than everything about them.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -n auto -m slow
 
 # Writes docs/methods/ anew from the docstrings; a test fails while the two differ.
 docs: .venv/ready

@@ -20,6 +20,7 @@ def demo(monkeypatch, tmp_path):
     assert demo.main() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("demo")
 def test_the_example_prints_what_the_readme_says(capsys):
     text = (ROOT / "README.md").read_text()
