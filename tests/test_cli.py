@@ -446,9 +446,7 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
 
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
     killed = (
-        f"{SCANS_QUICKLY}"
-        "record._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "untrojan.cli.run(sys.argv[1:])"
+        f"{SCANS_QUICKLY}record._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nuntrojan.cli.run(sys.argv[1:])"
     )
     assert hasattr(untrojan.record, "_move")
     done = subprocess.run([sys.executable, "-c", killed, *command()], check=False)

@@ -1,7 +1,7 @@
 import copy
 import errno
 import random
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,12 +19,9 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import describe, discover, fields, make
-from untrojan.scanners.inversion import bounded
-from untrojan.scanners.patches import search
-from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
-pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 
 DEFENSES = discover("untrojan.defenses", Defense)
 FEW = ("epochs", "rounds", "iterations", "steps")
@@ -46,19 +43,6 @@ WITHOUT_MEANING = {
 methods = pytest.mark.parametrize(
     "method", [make(cls, QUICK.get(name, {})) for name, cls in DEFENSES.items()], ids=list(DEFENSES)
 )
-
-
-@pytest.fixture(autouse=True)
-def _short_searches(monkeypatch):
-    """What searches for triggers find is tested elsewhere; here they only have to run."""
-    monkeypatch.setattr("untrojan.scanners.inversion.ROUNDS", 1)
-    monkeypatch.setattr("untrojan.scanners.inversion.EPOCHS", 1)
-    monkeypatch.setattr("untrojan.scanners.patches.CLIMBS", 1)
-    monkeypatch.setattr("untrojan.scanners.triggers.FAINT_STEPS", (2, 2))
-    monkeypatch.setattr("untrojan.defenses.checks.search", partial(search, steps=2))
-    monkeypatch.setattr("untrojan.defenses.auto.bounded", partial(bounded, steps=2))
-    scanner = partial(TriggerScanner, runs=2, search_steps=2, refine_steps=2)
-    monkeypatch.setattr("untrojan.defenses.defense.TriggerScanner", scanner)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 from untrojan.sources.nets import PreActResNet18, SmallVGG
 
-pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 NOTHING = CleanSet(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.long))
