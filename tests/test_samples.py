@@ -77,7 +77,7 @@ def ranked(detector, own_label=False):
     """How well poisoned samples are told from all others, or from those of their label: the mean over two victims."""
     rocs = []
     for target in (3, 7):
-        net, clean = backdoored(target)
+        net, clean = backdoored(target, epochs=20)
         suspects, poisoned = planted(target, 20)
         scores = detector.score(net, clean, Suspects.of(suspects), UNKNOWN)
         judged = suspects.labels == target if own_label else torch.ones(len(suspects), dtype=torch.bool)
@@ -111,7 +111,7 @@ def test_cognitive_distillation_ranks_images_above_of_which_little_matters():
 
 
 def test_unlearned_written_out():
-    net, clean = backdoored(3)
+    net, clean = backdoored(3, epochs=20)
     suspects, _ = planted(3, 5)
     how = Unlearned(unlearn_epochs=3)
     unlearned = how.unlearn(net, clean, 4, "plain").model
@@ -398,7 +398,7 @@ def test_images_of_another_size_further_on():
 
 @pytest.fixture(scope="module")
 def screening():
-    net, clean = backdoored(7)
+    net, clean = backdoored(7, epochs=20)
     suspects, _ = planted(7, 20)
     return screen(net, clean, suspects, detectors=[Unlearned(), SpectralSignatures()], seed=2, shown=25)
 
@@ -406,7 +406,7 @@ def screening():
 def test_the_table(screening):
     table = screening.table().to_pydict()
     suspects, poisoned = planted(7, 20)
-    net, _ = backdoored(7)
+    net, _ = backdoored(7, epochs=20)
     assert list(table) == ["index", "label", "predicted", "unlearned", "spectral-signatures", "rank"]
     assert table["index"] == list(range(420))
     assert table["label"] == suspects.labels.tolist()
