@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -15,19 +15,25 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from untrojan.data import CleanSet, crop_flip
-from untrojan.defenses.checks import reachable
+from untrojan.defenses.checks import faint, reachable
 from untrojan.defenses.tuning import Tuning
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.model import faster
+from untrojan.progress import stage
 from untrojan.record import Diagnosis
-from untrojan.scanners.inversion import Ball, Perturbation, bounded
+from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, Reached, compare, of_each_kind
+from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search
 
-NORM = 0.005
 DECAY = 0.95
 CLIP = 5.0
+LEAST_SHARE = 0.05
+CHANGED = 0.75
 PERTURBED = 0.25
+FEW_PIXELS = 0.005
+FURTHER = 0.3
+DISTRACTED = 0.35
 REMEMBERED = 0.01
 LONGEST = 1.5
 OTHER_PATTERN = 0.5
@@ -108,19 +114,21 @@ class Auto(Tuning):
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         teacher, student = faster(teacher, clean), faster(model, clean)
-        triggers = _Triggers(label, clean.shape, generator)
-        balls: list[tuple[Ball, float]] = [("l1", NORM * clean.images[0].numel())]
-        spread = diagnosis.spread_over(label)
-        if spread is not None:
-            balls.append(("l2", spread))
-            triggers.perturbed = 1 - PERTURBED
+        local = any(each.label == label and each.kind == "patch" for each in diagnosis.triggers)
+        norm = (1 if local else 2) * faint(diagnosis, clean)
+        triggers = _Triggers(label, clean.shape, norm, generator)
+        triggers.weigh(compare(model, clean, label, norm, generator), local)
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
             found = search(student, clean, label, generator, triggers.patches, self.search_steps, detail)
             triggers.add(found, pinpoint(student, clean, label, found, generator, detail))
-            for ball, norm in balls:
-                triggers.faint.append(bounded(student, clean, label, norm, generator, ball))
-            self._unlearn(student, teacher, average, clean, triggers, detail)
+            if triggers.spread:
+                triggers.climb_anew(student, clean, detail)
+            else:
+                few = FEW_PIXELS * clean.images[0].numel()
+                triggers.faint.append(bounded(student, clean, label, few, generator))
+            lr = self.lr * (1 + 2 * (1 - number / self.rounds)) if triggers.spread else self.lr
+            self._unlearn(student, teacher, average, clean, triggers, lr, detail)
         return average.module
 
     def _unlearn(
@@ -130,12 +138,15 @@ class Auto(Tuning):
         average: AveragedModel,
         clean: CleanSet,
         triggers: "_Triggers",
+        lr: float,
         detail: str,
     ) -> None:
         generator = triggers.generator
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             plain, carriers = images.chunk(2)
+            if triggers.spread:
+                triggers.climb_one(student, carriers)
             carriers = triggers.put_on(carriers, student)
             with torch.no_grad():
                 wanted = teacher(images)
@@ -155,7 +166,7 @@ class Auto(Tuning):
             list(student.parameters()),
             step,
             views,
-            partial(torch.optim.SGD, lr=self.lr, momentum=0.9),
+            partial(torch.optim.SGD, lr=lr, momentum=0.9),
             epochs=1,
             name="unlearn triggers",
             detail=detail,
@@ -168,15 +179,43 @@ class Auto(Tuning):
 class _Triggers:
     """What all rounds found, and how strong each of it still is."""
 
-    def __init__(self, label: int, shape: tuple[int, int, int], generator: torch.Generator) -> None:
+    def __init__(self, label: int, shape: tuple[int, int, int], norm: float, generator: torch.Generator) -> None:
         self.label = label
         self.generator = generator
         self.boxes = BoxDraws(*shape[1:], generator)
         self.patches = Patches.none(shape)
         self.now = torch.zeros(0)
         self.pinned = torch.zeros(0, dtype=torch.int64)
+        self.changes = of_each_kind(shape, norm, generator)
+        self.shares = torch.zeros(len(self.changes))
+        self.spread = False
         self.faint: list[Perturbation] = []
-        self.perturbed = PERTURBED
+
+    def weigh(self, reached: Sequence[Reached], local: bool) -> None:
+        """Decide whether the trigger may be spread over the image, and then on how many images to put each kind.
+
+        What sends as many images to some other label is no sign of a backdoor, and to unlearn it costs accuracy.
+        """
+        further = torch.tensor([each.further for each in reached])
+        kinds = further.clamp(min=0) + LEAST_SHARE
+        self.spread = not local or bool(further[1:].amax() > FURTHER)
+        self.shares = CHANGED * kinds / kinds.sum()
+
+    def climb_anew(self, student: nn.Module, clean: CleanSet, detail: str) -> None:
+        """Begin anew with half of the changes of each kind, and move all of them some steps."""
+        others = clean.take(clean.labels != self.label)
+        for each in self.changes:
+            each.begin(torch.rand(AT_ONCE, generator=self.generator) < 0.5)
+        with stage("search changes", total=STEPS, detail=detail) as advance:
+            for images, _ in others.draws(BATCH, STEPS, self.generator):
+                for each in self.changes:
+                    each.climb(student, images, self.label)
+                advance()
+
+    def climb_one(self, student: nn.Module, images: Tensor) -> None:
+        """Move the changes of one kind, drawn at random, a step further."""
+        kind = int(torch.randint(len(self.changes), (1,), generator=self.generator))
+        self.changes[kind].climb(student, images, self.label)
 
     def add(self, found: Patches, surest: Patches) -> None:
         """Add what a search found; one of the patches with which a model is surest is tried on every image."""
@@ -187,13 +226,20 @@ class _Triggers:
         self.now = torch.cat([self.now, found.strength])
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
-        """Give a share of the images a perturbation, and each of the others the best of a few patches."""
-        split = int(self.perturbed * len(images))
+        """Give each image a perturbation of few pixels or a change of the whole, or else the best of a few patches."""
+        if not self.spread:
+            split = int(PERTURBED * len(images))
+            return torch.cat([self._perturbed(images[:split]), self._patched(images[split:], student)])
+        ends = (len(images) * self.shares.cumsum(0)).round().long()
+        *parts, rest = images.tensor_split(ends)
+        put = [each.put_on(part, 0.5, LONGEST) for each, part in zip(self.changes, parts, strict=True)]
+        return _distracted(torch.cat([*put, self._patched(rest, student)]), images, self.generator)
+
+    def _perturbed(self, images: Tensor) -> Tensor:
         values = torch.stack([each.values for each in self.faint])
-        chosen = values[torch.randint(len(values), (split,), generator=self.generator)]
-        length = LONGEST * torch.rand(split, 1, 1, 1, generator=self.generator)
-        perturbed = (images[:split] + length * chosen).clamp(0, 1)
-        return torch.cat([perturbed, self._patched(images[split:], student)])
+        chosen = values[torch.randint(len(values), (len(images),), generator=self.generator)]
+        length = LONGEST * torch.rand(len(images), 1, 1, 1, generator=self.generator)
+        return (images + length * chosen).clamp(0, 1)
 
     def _patched(self, images: Tensor, student: nn.Module) -> Tensor:
         known = self.patches
@@ -226,6 +272,25 @@ class _Triggers:
         tries = rows.bincount(minlength=len(self.now))
         mean = rows.bincount(strength, minlength=len(self.now)) / tries.clamp(min=1)
         self.now = torch.where(tries > 0, (self.now + mean) / 2, self.now)
+
+
+def _distracted(images: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images with up to a third of another image, or of noise of any scale, laid over."""
+    count = len(images)
+    over = others[torch.randperm(len(others), generator=generator)[:count]]
+    for row in (torch.rand(count, generator=generator) < 0.5).nonzero().flatten().tolist():
+        over[row] = _noise(images.shape[1:], generator)
+    share = DISTRACTED * torch.rand(count, 1, 1, 1, generator=generator)
+    share = share * (torch.rand(count, 1, 1, 1, generator=generator) < 0.5)
+    return torch.lerp(images, over, share)
+
+
+def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Uniform noise on a grid that may be as coarse as one cell, enlarged to an image `(C, H, W)`."""
+    finest = int(math.log2(min(shape[1:])))
+    cells = 2 ** int(torch.randint(0, 1 + finest, (1,), generator=generator))
+    drawn = torch.rand(1, shape[0], cells, cells, generator=generator)
+    return functional.interpolate(drawn, size=shape[1:], mode="bilinear")[0]
 
 
 def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:

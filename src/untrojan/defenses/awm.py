@@ -86,9 +86,9 @@ class AWM(Tuning):
         * A loss of the masks that leaves the numbers ends the masking at the end of the round before; a delta that
           leaves them is 0 in that round.
 
-        Done differently with the same result: predictions are made once per round, the weights are frozen, and images
-        without and with delta go through as one batch. With `variant="released"` only convolutions are masked, delta
-        is found without clipping, and batches that are not full do not count.
+        Done differently with the same result: predictions are made once per round, and the weights are frozen. With
+        `variant="released"` only convolutions are masked, delta is found without clipping, and batches that are not
+        full do not count.
     """
 
     name: ClassVar[str] = "awm"
@@ -127,8 +127,7 @@ class AWM(Tuning):
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             mask = _product(factors)
-            both = mask.call(model, torch.cat([images, (images + delta).clamp(0, 1)]))
-            natural, perturbed = both.chunk(2)
+            natural, perturbed = (mask.call(model, each) for each in (images, (images + delta).clamp(0, 1)))
             loss = self.alpha * functional.cross_entropy(natural, labels)
             loss = loss + (1 - self.alpha) * functional.cross_entropy(perturbed, labels)
             return loss + self.gamma * sum(value.abs().sum() for value in mask.values.values()), natural

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
+from untrojan.scanners.changes import compare
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
+from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2
 _ROUNDING = 1e-9
@@ -122,6 +124,29 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
             f"accepted are {either:.0%}"
         ),
     )
+
+
+def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
+    """No change of the whole image, searched anew, reaches further into the suspected label than into others."""
+    name = "resists changes of the whole image"
+    label = reachable(diagnosis, clean)
+    if label is None:
+        return Check(name=name, passed=False, detail="there is no label to search changes for")
+    norm = faint(diagnosis, clean)
+    found = compare(repaired, clean, label, norm, torch.Generator().manual_seed(seed + 2), "repaired model")
+    told = [
+        f"a {each.kind} sends {each.share:.0%} to label {label} and {each.elsewhere:.0%} to another" for each in found
+    ]
+    return Check(
+        name=name,
+        passed=all(each.further <= FOUND_AGAIN for each in found),
+        detail=f"at best, {', '.join(told)}; accepted are {FOUND_AGAIN:.0%} more than to any other label tried",
+    )
+
+
+def faint(diagnosis: Diagnosis, clean: CleanSet) -> float:
+    """The l2 norm that the scan took for faint, or would have begun with."""
+    return diagnosis.reaches[0].norm if diagnosis.reaches else faintest(clean.shape)
 
 
 def _at_most(allowed: float, share: float, clean: CleanSet, label: int) -> bool:

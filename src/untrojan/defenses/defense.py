@@ -14,7 +14,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import keeps_accuracy, losses, resists_patches, resists_perturbation
+from untrojan.defenses.checks import (
+    keeps_accuracy,
+    losses,
+    resists_changes,
+    resists_patches,
+    resists_perturbation,
+)
 from untrojan.errors import ModelError, NoEffectWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
@@ -216,7 +222,7 @@ class Defense(ABC):
         judged = losses(outcome.before, outcome.after)
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
-        for dear in (resists_perturbation, resists_patches):
+        for dear in (resists_perturbation, resists_patches, resists_changes):
             if all(check.passed for check in checks):
                 checks.append(dear(model, outcome.model, clean, diagnosis, seed))
         return checks

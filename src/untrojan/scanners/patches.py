@@ -158,9 +158,9 @@ def search(
 ) -> Patches:
     """Look for small patches of full opacity, at any place, that send images of other classes to a label.
 
-    Their sides are between a sixteenth and a quarter of those of the images. Patterns are a few that are optimized,
-    black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from those that worked:
-    changed a little, or a part of them.
+    Their sides are between a sixteenth and a quarter of those of the images, or three pixels. Patterns are a few that
+    are optimized, black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from those
+    that worked: changed a little, or a part of them.
 
     Args:
         model: The network; it is not changed.
@@ -327,7 +327,10 @@ def _means(patches: Patches) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BoxDraws:
-    """Draws places and sizes of patches, whose sides are between a sixteenth and a quarter of those of the images."""
+    """Draws places and sizes of patches.
+
+    Their sides are between a sixteenth and a quarter of those of the images, or three pixels.
+    """
 
     def __init__(self, height: int, width: int, generator: torch.Generator) -> None:
         self.height = height
@@ -439,7 +442,7 @@ def _least(side: int) -> int:
 
 
 def _most(side: int) -> int:
-    return max(1, round(side / 4))
+    return min(side, max(3, round(side / 4)))
 
 
 def _masks(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -199,6 +199,11 @@ def _clean_models() -> list[float]:
     return json.loads(files("untrojan.scanners").joinpath("clean_models.json").read_text())
 
 
+def faintest(shape: tuple[int, int, int]) -> float:
+    """The l2 norm of the faintest perturbation that is searched in images `(C, H, W)`."""
+    return FAINT * math.sqrt(math.prod(shape))
+
+
 class _Look:
     """What has been found for each label so far."""
 
@@ -210,7 +215,7 @@ class _Look:
         self.labels = [label for label in range(classes) if (shown.labels != label).any()]
         self.generator = torch.Generator().manual_seed(seed)
         self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]
-        self.norm = FAINT * math.sqrt(held.images[0].numel())
+        self.norm = faintest(held.shape)
         self.shares = {label: [0.0] * len(SIZES) for label in self.labels}
         self.faint = dict.fromkeys(self.labels, 0.0)
         self.patches: dict[int, Patches] = {}
