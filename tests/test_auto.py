@@ -8,10 +8,11 @@ from tiny import backdoored, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.defenses.auto import Auto, _mixed, _Triggers
+from untrojan.defenses.auto import Auto, _distracted, _mixed, _noise, _Triggers
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Target
+from untrojan.scanners.changes import Reached
 from untrojan.scanners.inversion import Perturbation
 from untrojan.scanners.patches import Patches
 
@@ -29,7 +30,7 @@ def with_square(clean):
 
 
 def triggers(count=3):
-    made = _Triggers(1, (3, 8, 8), torch.Generator().manual_seed(0))
+    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2, 2, 3, 3]]).repeat(count, 1)
     found = Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count))
     made.add(found, found.at(found.keys[:1]))
@@ -106,6 +107,46 @@ def test_three_quarters_carry_a_patch_and_the_others_a_perturbation():
     assert outside[:100].all()
     assert not outside[100:].any()
     assert changed[100:].any(3).any(2).any(1).double().mean() > 0.9
+
+
+def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
+    made = triggers()
+    made.weigh([Reached("perturbation", 0.9, 0.9), Reached("warp", 0.8, 0.1), Reached("recoloring", 0.1, 0.3)], True)
+    assert made.spread
+    assert made.shares.sum() == pytest.approx(0.75)
+    assert made.shares.argmax() == 1
+    assert made.shares[0] == made.shares[2] > 0
+    images = torch.rand(64, 3, 8, 8)
+    carriers = made.put_on(images, Falls(False))
+    assert carriers.shape == images.shape
+    assert carriers.min() >= 0
+    assert carriers.max() <= 1
+    assert not any(torch.equal(carrier, image) for carrier, image in zip(carriers[:48], images[:48], strict=True))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_patch_that_was_recovered_is_met_by_patches(local):
+    made = triggers()
+    made.weigh([Reached("perturbation", 0.9, 0.1), Reached("warp", 0.1, 0.1), Reached("recoloring", 0.1, 0.3)], local)
+    assert made.spread != local
+
+
+def test_distractions_lay_something_over_half_of_the_images():
+    images = torch.full((400, 3, 8, 8), 0.5)
+    others = torch.rand(400, 3, 8, 8)
+    changed = (_distracted(images, others, torch.Generator().manual_seed(0)) - images).abs().amax((1, 2, 3))
+    assert (changed > 0).double().mean() == pytest.approx(0.5, abs=0.1)
+    assert 0.1 < changed.max() <= 0.35 * 0.5
+
+
+def test_noise_is_coarse_or_fine_and_always_an_image():
+    generator = torch.Generator().manual_seed(0)
+    made = torch.stack([_noise(torch.Size([3, 8, 6]), generator) for _ in range(60)])
+    assert made.shape == (60, 3, 8, 6)
+    assert 0 <= made.min() < made.max() <= 1
+    spread = made.std((2, 3)).amax(1)
+    assert (spread < 1e-6).any()
+    assert (spread > 0.1).any()
 
 
 def test_mixing_keeps_half_of_the_images_and_most_of_the_others():

@@ -48,14 +48,19 @@ class Auto(Tuning):
     """Recover triggers of the suspected label, teach the model to ignore them, and look again, round by round.
 
     Each round searches the model as it then is for what still sends images to the label: small patches of full opacity,
-    at any place, and one faint perturbation. From the patches found it climbs to those with which the model is surest
-    of the label, often the very trigger. Then the model is trained to give, on images that carry what any round found,
-    the output that the original gives on the same images without it, and on clean images the output of the original.
-    A quarter of the images carry a perturbation and the others a patch, the one of four that works best on the model
-    as it is, of which one is a patch that some round was surest with; what works is varied and remembered. Running
-    statistics and dropout stay as they are, and the weights delivered are a moving average. Where the scan found a
-    trigger that is spread over the image, each round also searches a perturbation as strong as that, and three quarters
-    of the images carry one.
+    at any place, and changes of the whole image. From the patches found it climbs to those with which the model is
+    surest of the label, often the very trigger. Then the model is trained to give, on images that carry what any round
+    found, the output that the original gives on the same images without it, and on clean images the output of the
+    original. A patch is the one of four that works best on the model as it is, of which one is a patch that some round
+    was surest with; what works is varied and remembered. Running statistics and dropout stay as they are, and the
+    weights delivered are a moving average.
+
+    Where the scan recovered a patch, three quarters of the images carry a patch and the others a perturbation of few
+    pixels. Where it recovered anything else or nothing, or where a warp or a recoloring reaches much further into the
+    label than into others, the trigger may be spread over the image. Then a quarter of the images carry a patch and the
+    others a universal perturbation, a warp or a recoloring, most of them of the kind that reaches further into the
+    label than into others. These go on climbing while the model learns, so that it never learns to ignore just one,
+    half of the images have another image or noise laid over them too, and the learning rate begins three times as high.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -70,10 +75,11 @@ class Auto(Tuning):
         Clean images.
 
     Cost:
-        With the defaults about 690,000 F whatever the number of images, 1,400 F per image with 500, F being one image
+        With the defaults about 730,000 F whatever the number of images, 1,500 F per image with 500, F being one image
         through the network once: per update 4 F for each of 128 images and 1 F for each of 192 stamped ones that are
-        tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in that for the
-        perturbation, and 1 F for each of up to 26,000 on which patches are compared.
+        tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in those for changes,
+        and 1 F for each of up to 26,000 on which patches are compared; before all that 2 F for each of 23,000 changed
+        images, to compare labels.
 
     Example:
         >>> from untrojan.record import Diagnosis, Target
@@ -92,6 +98,8 @@ class Auto(Tuning):
 
     Deviations:
         * This is the project's own method; the two papers have the idea of unlearning what a search finds.
+        * That changes climb while the model learns is from universal adversarial training, Shafahi, Najibi, Xu,
+          Dickerson, Davis, Goldstein: AAAI 2020, arXiv:1811.11304, where they lead away from every label.
         * `crop-flip`, the default here, shifts images by up to an eighth of their side.
     """
 

@@ -127,7 +127,7 @@ class Warps(Changes):
         shifts = functional.interpolate(values, size=(height, width), mode="bicubic", align_corners=True)
         sides = [torch.linspace(-1, 1, side) for side in (width, height)]
         here = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1)
-        there = here + shifts.permute(0, 2, 3, 1) * 2 / torch.tensor([width, height])
+        there = here + shifts.permute(0, 2, 3, 1) * 2 / torch.tensor([width - 1, height - 1]).clamp(min=1)
         return functional.grid_sample(images, there.clamp(-1, 1), align_corners=True)
 
     def _numbers(self) -> tuple[int, ...]:
@@ -211,7 +211,8 @@ def compare(
     quick = faster(model, clean)
     present = clean.labels.unique()
     mixed = present[torch.randperm(len(present), generator=generator)].tolist()
-    labels = [label, *[other for other in mixed if other != label][:OTHERS]]
+    reachable = [other for other in mixed if other != label and bool((clean.labels != other).any())]
+    labels = [label, *reachable[:OTHERS]]
     shares = []
     with stage("compare labels", total=len(labels), detail=detail) as advance:
         for each in labels:
