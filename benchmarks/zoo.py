@@ -38,6 +38,8 @@ PAGE = Path("benchmarks/zoo.md")
 GRID = Path("runs/zoo.toml")
 CELLS = Path("runs/zoo-cells")
 COST = 0.03
+FREQUENT = [1, 2, 4, 5, 7, 10, 12, 13, 25, 38]  # signs of which there are most training images
+SIGNS = {"train": 400, "test": 100}  # images of each
 
 
 def write_images() -> None:
@@ -46,7 +48,9 @@ def write_images() -> None:
         _write_set(f"digits-{name}", images)
         larger = functional.interpolate(images.images.float(), size=(32, 32), mode="bilinear")
         _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
-    for data in ("digits", "digits-32"):
+    for (name, each), images in zip(SIGNS.items(), images_of("gtsrb"), strict=True):
+        _write_set(f"signs-{name}", signs(images, each))
+    for data in ("digits", "digits-32", "signs"):
         judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(0.5, seed=0)
         _write_set(f"{data}-clean", clean)
         _write_set(f"{data}-judge", judge)
@@ -55,6 +59,12 @@ def write_images() -> None:
     corner[7, 5:], mask[7, 5:] = (255, 0, 255), 255
     for name, values in {"cross": cross, "corner": corner, "corner-mask": mask}.items():
         Image.fromarray(values.astype(np.uint8)).save(IMAGES / f"{name}.png")
+
+
+def signs(images: CleanSet, each: int) -> CleanSet:
+    """Draw so many images of each of ten traffic signs of GTSRB, numbered anew."""
+    places, labels = (images.labels[:, None] == torch.tensor(FREQUENT)).nonzero().unbind(1)
+    return CleanSet.of((images.images[places], labels), samples_per_class=each)
 
 
 def _write_set(name: str, images: CleanSet) -> None:
