@@ -158,7 +158,8 @@ def page(record: dict[str, Any]) -> str:
 Made by `python benchmarks/grid.py`, which says what counts; the numbers are in `benchmarks/records/grid.json`.
 {machine}.
 Load is how many processes wanted a core on average, those of other programs too; where it is more than
-there are cores, all times but processor time include waiting for one.
+there are cores, all times but processor time include waiting for one. Workers are forked from one process, whose
+start counts in the first line of the table only.
 
 ## For each of {record["overhead"][0]["cells"]:,} cells, wanted is an overhead under 20 ms
 
