@@ -29,7 +29,7 @@ import torch
 from untrojan.data import CleanSet
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.grid import Grid
-from untrojan.lab.processes import Processes
+from untrojan.lab.processes import Processes, begin
 from untrojan.lab.runner import run
 from untrojan.lab.victim import poison, train
 from untrojan.record import environment, write_atomic
@@ -89,6 +89,7 @@ def overhead(folder: Path, jobs: int) -> dict[str, Any]:
     shutil.rmtree(folder / "out", ignore_errors=True)
     asked = grid(folder)
     start, processor = time.perf_counter(), time.process_time()
+    begin()  # as `untrojan bench run` does
     cells = asked.cells()
     ran = run(cells, folder / "out", Processes(jobs))
     wall, processor = time.perf_counter() - start, time.process_time() - processor
@@ -157,7 +158,8 @@ def page(record: dict[str, Any]) -> str:
 Made by `python benchmarks/grid.py`, which says what counts; the numbers are in `benchmarks/records/grid.json`.
 {machine}.
 Load is how many processes wanted a core on average, those of other programs too; where it is more than
-there are cores, all times but processor time include waiting for one.
+there are cores, all times but processor time include waiting for one. Workers are forked from one process, whose
+start counts in the first line of the table only.
 
 ## For each of {record["overhead"][0]["cells"]:,} cells, wanted is an overhead under 20 ms
 

@@ -1,10 +1,10 @@
-"""The zoo of `zoo.toml`: the images that it trains on, and the page about what came of it.
+"""The zoo of `zoo.toml` and `zoo-photographs.toml`: the images that it trains on, and the page about what came of it.
 
 Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/records/zoo`.
 
-    python benchmarks/zoo.py images                              # write digits and trigger images to runs/zoo-images
-    untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing
-    python benchmarks/zoo.py records                             # keep the records
+    python benchmarks/zoo.py images                              # write images and triggers to runs/zoo-images
+    untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing; the other file in the same way
+    python benchmarks/zoo.py records                             # keep the records of what is there
     python benchmarks/zoo.py page                                # write zoo.md from them
     python benchmarks/zoo.py grid                                # write runs/zoo.toml: auto on every victim
     untrojan bench run runs/zoo.toml --out runs/zoo-cells        # run what is missing of it
@@ -26,11 +26,11 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.lab.attack import Attack
 from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
-from untrojan.lab.zoo import CLEAN, MANIFEST, Member, Zoo, manifest
+from untrojan.lab.zoo import CLEAN, MANIFEST, Manifest, Member, Zoo, manifest
 from untrojan.record import RECORD, write_atomic
 from untrojan.registry import discover
 
-ZOO = Path("benchmarks/zoo.toml")
+ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml")]
 IMAGES = Path("runs/zoo-images")
 ROOT = Path("runs/zoo")
 RECORDS = Path("benchmarks/records/zoo")
@@ -38,6 +38,8 @@ PAGE = Path("benchmarks/zoo.md")
 GRID = Path("runs/zoo.toml")
 CELLS = Path("runs/zoo-cells")
 COST = 0.03
+FREQUENT = [1, 2, 4, 5, 7, 10, 12, 13, 25, 38]  # signs of which there are most training images
+SIGNS = {"train": 400, "test": 100}  # images of each
 
 
 def write_images() -> None:
@@ -46,7 +48,9 @@ def write_images() -> None:
         _write_set(f"digits-{name}", images)
         larger = functional.interpolate(images.images.float(), size=(32, 32), mode="bilinear")
         _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
-    for data in ("digits", "digits-32"):
+    for (name, each), images in zip(SIGNS.items(), images_of("gtsrb"), strict=True):
+        _write_set(f"signs-{name}", signs(images, each))
+    for data in ("digits", "digits-32", "signs"):
         judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(0.5, seed=0)
         _write_set(f"{data}-clean", clean)
         _write_set(f"{data}-judge", judge)
@@ -57,25 +61,36 @@ def write_images() -> None:
         Image.fromarray(values.astype(np.uint8)).save(IMAGES / f"{name}.png")
 
 
+def signs(images: CleanSet, each: int) -> CleanSet:
+    """Draw so many images of each of ten traffic signs of GTSRB, numbered anew."""
+    places, labels = (images.labels[:, None] == torch.tensor(FREQUENT)).nonzero().unbind(1)
+    return CleanSet.of((images.images[places], labels), samples_per_class=each)
+
+
 def _write_set(name: str, images: CleanSet) -> None:
     np.savez(IMAGES / f"{name}.npz", images=images.images.numpy(), labels=images.labels.numpy())
 
 
 def keep_records() -> None:
-    told = manifest(ROOT)
-    if not told.victims:
+    told = manifest(ROOT).victims
+    if not told:
         raise SystemExit(f"there is nothing in {ROOT}; train the zoo first")
-    for name in told.victims:
+    for name in told:
         path = RECORDS / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (ROOT / name / RECORD).read_bytes())
-    write_atomic(RECORDS / MANIFEST, told.to_json().encode())
+    kept = Manifest.load(RECORDS / MANIFEST).victims if (RECORDS / MANIFEST).exists() else {}
+    write_atomic(RECORDS / MANIFEST, Manifest(victims=dict(sorted({**kept, **told}.items()))).to_json().encode())
+
+
+def members() -> list[Member]:
+    return [member for file in ZOOS for member in Zoo.load(file).members()]
 
 
 def write_grid() -> None:
     """Ask for `auto` on every victim and clean model; half of the test images are its clean ones, half judge it."""
     lines = ['defenses = ["auto"]', ""]
-    for member in Zoo.load(ZOO).members():
+    for member in members():
         record = _record(member)
         if record is None or record.status == "attack_did_not_take":
             continue
@@ -134,21 +149,23 @@ def _three(scores: dict[str, Any]) -> str:
 
 
 def page() -> Iterator[str]:
-    members = Zoo.load(ZOO).members()
-    known = {member.name: _record(member) for member in members}
-    planted = [member for member in members if member.attack]
+    known = {member.name: _record(member) for member in members()}
+    planted = [member for member in members() if member.attack]
     good = [member for member in planted if _verdict(member, known) == "yes"]
-    tried = {member.attack.name for member in members if member.attack}
+    taken = {member.attack.name for member in good if member.attack}
+    tried = {member.attack.name for member in planted if member.attack}
     missing = sorted(discover("untrojan.lab.attacks", Attack).keys() - tried)
+    files = " and ".join(f"`{file.name}`" for file in ZOOS)
     yield "# A zoo of victims\n"
-    yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in `{ZOO.name}`."
+    yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in {files}."
     yield "ACC and ASR on the test images, in percent; the clean model has the same data, net, recipe and seed."
     yield "An attack is good with an ASR from 90 % on (70 % if clean-label) and ACC within 3 points of the clean model."
-    yield f"Good are {len(good)} of {len(planted)}.\n" + (f"Not tried: {', '.join(missing)}.\n" if missing else "")
+    yield f"Good are {len(good)} of {len(planted)}, and {len(taken)} of {len(tried)} attacks somewhere.\n"
+    yield from ([f"Not tried: {', '.join(missing)}.\n"] if missing else [])
     yield "| data | network | attack | target | rate | ACC, clean model | ACC | ASR | status | good | seconds |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    yield from (_row(member, known) for member in members if member.attack)
-    yield f"\nSettings that are not shown are the defaults; why some differ is said in `{ZOO.name}`."
+    yield from (_row(member, known) for member in planted)
+    yield f"\nSettings that are not shown are the defaults; why some differ is said in {files}."
     yield "Seconds are those of all epochs and of measuring after each, on a core shared with other work."
 
 

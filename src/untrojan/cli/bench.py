@@ -11,7 +11,7 @@ from untrojan.cli.options import quiet_option, require_writable, working
 from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
-from untrojan.lab.processes import Processes
+from untrojan.lab.processes import Processes, begin
 from untrojan.lab.runner import Plan, plan
 from untrojan.lab.runner import run as run_cells
 from untrojan.progress import span
@@ -41,6 +41,8 @@ def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None,
         raise ConfigError(f"{out} is a file; give a folder")
     require_writable(out)
     size = jobs or len(os.sched_getaffinity(0))
+    if not (dry_run or ray):
+        begin()
     cells = Grid.load(grid).cells()
     if dry_run:
         click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))

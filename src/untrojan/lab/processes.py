@@ -8,8 +8,17 @@ import threading
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running
 
 from untrojan.lab.work import Answer, Job, work
+
+_SHARED = ["untrojan.lab.work", "torch._dynamo"]  # the second is imported by the first optimizer, for a second and more
+
+
+def begin() -> None:
+    """Start the process that workers are forked from, and go on while it imports what all of them need."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_SHARED)
+    ensure_running()
 
 
 class Processes:
@@ -24,6 +33,7 @@ class Processes:
     """
 
     def __init__(self, size: int, work: Callable[[Job], Answer] = work) -> None:
+        begin()
         self.size = size
         self._work = work
         self._idle: list[_Worker] = []
@@ -56,7 +66,6 @@ class Processes:
 class _Worker:
     def __init__(self, work: Callable[[Job], Answer]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["untrojan.lab.work"])  # torch is imported once, not by every worker
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         self._process.start()
