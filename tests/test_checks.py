@@ -5,7 +5,7 @@ import torch
 from tiny import FallsForSquare, make_dark
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import _at_most, keeps_accuracy, resists_patches, resists_perturbation
+from untrojan.defenses.checks import _at_most, keeps_accuracy, resists_changes, resists_patches, resists_perturbation
 from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
@@ -54,7 +54,35 @@ def test_a_trigger_spread_over_the_image_must_have_lost_its_effect_too(left, pas
     assert "and a perturbation of l2 norm 1 " in done.detail
 
 
-@triggers
+class Blushes(torch.nn.Module):
+    """Says 1 where an image is much more red than blue, else 0 or 2 by whether its upper half is brighter."""
+
+    def __init__(self, backdoor):
+        super().__init__()
+        self.backdoor = backdoor
+
+    def forward(self, images):
+        red = self.backdoor * (images[:, 0] - images[:, 2] - 0.1).mean((1, 2))
+        upper = 40 * (images[:, :, :8].mean((1, 2, 3)) - images[:, :, 8:].mean((1, 2, 3)))
+        return torch.stack([upper, red, -upper], dim=1)
+
+
+def make_gray():
+    """Gray images that are much brighter in one half."""
+    images, labels = torch.rand(60, 1, 16, 16).repeat(1, 3, 1, 1) * 0.5, torch.arange(60) % 2 * 2
+    images[labels == 0, :, :8] += 0.4
+    images[labels == 2, :, 8:] += 0.4
+    return CleanSet(images, labels)
+
+
+@pytest.mark.parametrize(("left", "passed"), [(200.0, False), (0.0, True)])
+def test_other_colors_must_reach_no_further_into_the_label_than_into_others(left, passed):
+    done = resists_changes(Blushes(200.0), Blushes(left), make_gray(), GIVEN, 0)
+    assert done.passed == passed, done.detail
+    assert "a recoloring sends" in done.detail
+
+
+@pytest.mark.parametrize("check", [resists_changes, resists_patches, resists_perturbation])
 @pytest.mark.parametrize("case", ["no suspect", "no other class"])
 def test_without_a_label_nothing_is_verified(check, case):
     clean = make_dark()
