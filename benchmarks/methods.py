@@ -200,7 +200,8 @@ def page() -> str:
         "What a method says of its result is as the checks were when the cell was run; the record lists them. Cells "
         "older than the scan that searches triggers were given what unlearning named, the same labels. Cells "
         "without the check `resists recovered patches` are older than that check and than the loss of another, which "
-        "asked that unlearning no longer ends on the suspected label and failed good repairs.",
+        "asked that unlearning no longer ends on the suspected label and failed good repairs; those without `resists "
+        "changes of the whole image` are older than that one, and of `auto`, than what it does about such changes.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):

@@ -94,7 +94,7 @@ def write_grid() -> None:
         record = _record(member)
         if record is None or record.status == "attack_did_not_take":
             continue
-        images = IMAGES / member.name.partition("/")[0]
+        images = member.data.train.removesuffix("-train.npz")
         lines += [f'[models."{member.name}"]', f'file = "{ROOT / member.name / MODEL}"', f'net = "{record.net}"']
         lines += [f'clean = "{images}-clean.npz"', f'test = "{images}-judge.npz"']
         if member.planted:
@@ -113,10 +113,15 @@ def _attack(member: Member, record: VictimRecord) -> str:
 
 
 def keep_cells() -> None:
-    for path in sorted(CELLS.glob("cells/*/*.json")):
-        kept = RECORDS.parent / "zoo-auto" / path.name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, path.read_bytes())
+    """Keep the records of cells; older ones of the same models go."""
+    kept = RECORDS.parent / "zoo-auto"
+    kept.mkdir(parents=True, exist_ok=True)
+    made = {path: json.loads(path.read_text())["model"] for path in sorted(CELLS.glob("cells/*/*.json"))}
+    for path in kept.glob("*.json"):
+        if json.loads(path.read_text())["model"] in made.values():
+            path.unlink()
+    for path in made:
+        write_atomic(kept / path.name, path.read_bytes())
 
 
 def write_page() -> None:
