@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import NETS, SQUARE, FallsForSquare, Snapshot, build, make_clean, make_dark
 
+from untrojan.data import CleanSet
 from untrojan.scanners.patches import BoxDraws, HardPatch, Patches, pinpoint, search, smallest
 
 
@@ -190,3 +191,22 @@ def test_where_none_reaches_enough_the_strongest_is_given():
 def test_only_small_ones():
     assert some([0.1, 0.2, 0.3]).upto(6).strength.tolist() == pytest.approx([0.1, 0.3])
     assert some([0.1, 0.2, 0.3]).upto(1).strength.tolist() == pytest.approx([0.3])
+
+
+class Square(torch.nn.Module):
+    """Is surer of label 1 the more of the 2x2 square in the corner is white; never falls for it."""
+
+    def forward(self, images):
+        white = images[:, 0, 6:, 6:].mean((1, 2))
+        return torch.stack([torch.ones_like(white), white], 1)
+
+
+def test_climbing_goes_on_from_where_an_earlier_climb_ended():
+    clean = CleanSet(torch.zeros(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64))
+    patterns = torch.cat([torch.zeros(2, 1, 8, 8), torch.ones(1, 1, 8, 8)])
+    far = Patches(patterns, torch.tensor([[1, 1, 0, 0]]), torch.tensor([2]), torch.ones(1))
+    near = Patches(patterns[1:], torch.tensor([[2, 2, 5, 5]]), torch.tensor([1]), torch.ones(1))
+    there = pinpoint(Square(), clean, 1, far, torch.Generator().manual_seed(0), near)
+    square = torch.tensor([2, 2, 6, 6])
+    assert any((boxes[2:] <= square[2:]).all() and (boxes[:2] + boxes[2:] >= 8).all() for boxes in there.boxes)
+    assert (there.which == 2).any()

@@ -126,10 +126,12 @@ class Auto(Tuning):
         norm = (1 if local else 2) * faint(diagnosis, clean)
         triggers = _Triggers(label, clean.shape, norm, generator)
         triggers.weigh(compare(model, clean, label, norm, generator), local)
+        surest: Patches | None = None
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
             found = search(student, clean, label, generator, triggers.patches, self.search_steps, detail)
-            triggers.add(found, pinpoint(student, clean, label, found, generator, detail))
+            surest = pinpoint(student, clean, label, found, generator, surest, detail)
+            triggers.add(found, surest)
             if triggers.spread:
                 triggers.climb_anew(student, clean, detail)
             else:

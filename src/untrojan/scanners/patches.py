@@ -23,6 +23,7 @@ from untrojan.progress import stage
 STEPS = 150
 BATCH = 64
 PATTERNS = 4
+SOLID = 2
 ROUNDS = 5
 REMEMBERED = 60
 ENOUGH = 0.95
@@ -202,7 +203,13 @@ def search(
 
 
 def pinpoint(
-    model: nn.Module, clean: CleanSet, label: int, patches: Patches, generator: torch.Generator, detail: str = ""
+    model: nn.Module,
+    clean: CleanSet,
+    label: int,
+    patches: Patches,
+    generator: torch.Generator,
+    known: Patches | None = None,
+    detail: str = "",
 ) -> Patches:
     """Move and resize the patches that work best until the network is surest of the label.
 
@@ -216,6 +223,7 @@ def pinpoint(
         label: Where to send them.
         patches: Where to start: those of each size that work best.
         generator: Decides everything random.
+        known: What an earlier climb led to; the black and white ones of these go on from there.
         detail: Which of several climbs this is, for progress.
 
     Returns:
@@ -234,7 +242,12 @@ def pinpoint(
     shown = others.take(torch.randperm(len(others), generator=generator)[:CLIMB_IMAGES]).floats()
     draws = BoxDraws(*clean.shape[1:], generator)
     keys, _, mean = _means(patches)
-    best = patches.at(keys[_two_of_each_pattern(keys, mean)])
+    starts = keys[_two_of_each_pattern(keys, mean)]
+    if known is not None:
+        solid = known.keys[known.which >= len(known.patterns) - SOLID]
+        solid[:, 4] += len(patches.patterns) - len(known.patterns)
+        starts = torch.cat([starts, solid])
+    best = patches.at(starts)
     with stage("pinpoint patches", total=CLIMBS, detail=detail) as advance, mode(model, training=False):
         for _ in range(CLIMBS):
             near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
@@ -396,7 +409,7 @@ class _Search:
         _, height, width = shown.shape
         self.draws = BoxDraws(height, width, generator)
         self.patterns = torch.rand(PATTERNS, *shown.shape, generator=generator)
-        self.solid = torch.tensor([0.0, 1.0])[:, None, None, None].expand(-1, *shown.shape)
+        self.solid = torch.linspace(0, 1, SOLID)[:, None, None, None].expand(-1, *shown.shape)
         self.tried: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
