@@ -11,8 +11,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.auto import Auto, _distracted, _mixed, _noise, _Triggers
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct, logits
-from untrojan.record import Diagnosis, Target
-from untrojan.scanners.changes import Reached
+from untrojan.record import Comparison, Diagnosis, Target
 from untrojan.scanners.inversion import Perturbation
 from untrojan.scanners.patches import Patches
 
@@ -29,13 +28,29 @@ def with_square(clean):
     return CleanSet(images, others.labels)
 
 
+class Falls(nn.Module):
+    """Falls for everything, or for nothing."""
+
+    def __init__(self, falls):
+        super().__init__()
+        self.falls = falls
+
+    def forward(self, images):
+        return torch.tensor([[0.0, 9.0 if self.falls else -9.0]]).expand(len(images), -1)
+
+
 def triggers(count=3):
     made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2, 2, 3, 3]]).repeat(count, 1)
     found = Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count))
     made.add(found, found.at(found.keys[:1]))
+    made.choose(Falls(False), CleanSet(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)))
     made.faint.append(Perturbation(torch.full((3, 8, 8), 0.01), 1.92))
     return made
+
+
+def reached(kind, share, elsewhere):
+    return Comparison(label=1, kind=kind, share=share, elsewhere=elsewhere)
 
 
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -44,7 +59,7 @@ def test_a_planted_square_loses_its_effect():
     stamped = with_square(clean)
     assert (logits(net, stamped).argmax(1) == TARGET).double().mean() > 0.9
     rest, held = clean.split(0.5, 0)
-    repaired = Auto(rounds=3).tune(copy.deepcopy(net), rest, held, GIVEN, seed=0)
+    repaired = Auto(rounds=2, search_steps=60).tune(copy.deepcopy(net), rest, held, GIVEN, seed=0)
     assert (logits(repaired, stamped).argmax(1) == TARGET).double().mean() < 0.1
     assert correct(repaired, stamped).double().mean() > 0.8
     assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.03
@@ -70,21 +85,10 @@ def test_without_a_label_nothing_is_done(case):
     assert all(torch.equal(value, before[name]) for name, value in out.state_dict().items())
 
 
-class Falls(nn.Module):
-    """Falls for everything, or for nothing."""
-
-    def __init__(self, falls):
-        super().__init__()
-        self.falls = falls
-
-    def forward(self, images):
-        return torch.tensor([[0.0, 9.0 if self.falls else -9.0]]).expand(len(images), -1)
-
-
 @pytest.mark.parametrize("falls", [True, False])
 def test_what_works_is_remembered(falls):
     made = triggers()
-    images = torch.rand(16, 3, 8, 8)
+    images = torch.rand(64, 3, 8, 8)
     carriers = made.put_on(images, Falls(falls))
     assert carriers.shape == images.shape
     assert carriers.min() >= 0
@@ -96,6 +100,45 @@ def test_what_works_is_remembered(falls):
     else:
         assert len(made.now) == 4
         assert (made.now < 0.6).all()
+
+
+class FallsForWhite(nn.Module):
+    """The surer of 1 the more of the image is white."""
+
+    def forward(self, images):
+        white = (images > 0.99).double().mean((1, 2, 3))
+        return torch.stack([0 * white, 60 * white - 4], 1)
+
+
+def pinned(*sides):
+    """A round whose patches are white squares, each of a pattern of its own, and what climbing led to is all of them."""
+    patterns = torch.stack([0.995 + torch.full((3, 8, 8), 1e-3 * number) for number in range(len(sides))])
+    boxes = torch.tensor([[side, side, 0, 0] for side in sides])
+    found = Patches(patterns, boxes, torch.arange(len(sides)), torch.ones(len(sides)))
+    return found, found.at(found.keys)
+
+
+def test_what_works_best_is_tried_on_every_image_and_half_of_it_is_of_the_first_round():
+    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    clean = CleanSet(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+    def sides():
+        return sorted(made.patches.boxes[made.always, 0].tolist())
+
+    made.add(*pinned(1, 2, 3, 4, 5))
+    made.choose(FallsForWhite(), clean)
+    assert sides() == [2, 3, 4, 5]
+    made.add(*pinned(6, 7, 8))
+    made.choose(FallsForWhite(), clean)
+    assert sides() == [3, 4, 6, 7]
+
+
+def test_patches_of_one_pattern_are_tried_once():
+    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    found, surest = pinned(2, 3)
+    made.add(found, surest._replace(which=torch.zeros(2, dtype=torch.int64)))
+    made.choose(FallsForWhite(), CleanSet(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)))
+    assert made.patches.boxes[made.always, 0].tolist() == [3]
 
 
 def test_three_quarters_carry_a_patch_and_the_others_a_perturbation():
@@ -111,7 +154,7 @@ def test_three_quarters_carry_a_patch_and_the_others_a_perturbation():
 
 def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
     made = triggers()
-    made.weigh([Reached("perturbation", 0.9, 0.9), Reached("warp", 0.8, 0.1), Reached("recoloring", 0.1, 0.3)], True)
+    made.weigh([reached("perturbation", 0.9, 0.9), reached("warp", 0.8, 0.1), reached("recoloring", 0.1, 0.3)], True)
     assert made.spread
     assert made.shares.sum() == pytest.approx(0.75)
     assert made.shares.argmax() == 1
@@ -127,7 +170,7 @@ def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
 @pytest.mark.parametrize("local", [True, False])
 def test_a_patch_that_was_recovered_is_met_by_patches(local):
     made = triggers()
-    made.weigh([Reached("perturbation", 0.9, 0.1), Reached("warp", 0.1, 0.1), Reached("recoloring", 0.1, 0.3)], local)
+    made.weigh([reached("perturbation", 0.9, 0.1), reached("warp", 0.1, 0.1), reached("recoloring", 0.1, 0.3)], local)
     assert made.spread != local
 
 

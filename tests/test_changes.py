@@ -1,14 +1,14 @@
 """Changes of the whole image: what each kind does, that it stays within its strength, and that it climbs."""
 
 import itertools
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.scanners.changes import Perturbations, Reached, Recolorings, Warps, compare, of_each_kind
+from untrojan.record import Comparison
+from untrojan.scanners.changes import Perturbations, Recolorings, Warps, compare, of_each_kind, with_others
 
 KINDS = [Perturbations, Warps, Recolorings]
 SHAPE = (3, 8, 8)
@@ -88,11 +88,13 @@ def test_strength_is_never_exceeded_and_reached_by_climbing(kind):
 def test_climbing_sends_images_to_the_label(kind):
     images = 0.5 * torch.rand(64, *SHAPE) + 0.25
     made = kind(SHAPE, torch.full((2,), {"perturbation": 3.0, "recoloring": 0.25}[kind.name]), generator())
-    before = made.share(Shine(), images, 1)
+    _, before = made.best(Shine(), images, 1)
     for _ in range(10):
         made.climb(Shine(), images, 1)
     assert before < 0.5
-    assert made.share(Shine(), images, 1) == 1
+    best, share = made.best(Shine(), images, 1)
+    assert share == 1
+    assert (Shine()(made.changed(images, best.expand(64, *best.shape[1:]))).argmax(1) == 1).all()
     assert made.reach > 0.7
 
 
@@ -123,18 +125,66 @@ def test_climbing_leaves_the_model_alone():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+def compared(clean, label):
+    labels = with_others([label], clean, generator())
+    changes = compare(Shine(), clean, clean, labels, 6.0, generator())
+    return {each.comparison.kind: each for each in changes if each.comparison.label == label}
+
+
 def test_a_label_that_stands_out_is_told_from_others():
     images = 0.5 * torch.rand(60, *SHAPE)
     clean = CleanSet(images, torch.arange(60) % 3)
-    bright = {each.kind: each for each in compare(Shine(), clean, 1, 6.0, generator())}
-    assert bright["perturbation"].further == 0  # darker images are of class 0 anyway
-    assert bright["perturbation"].share == 1
-    dull = {each.kind: each for each in compare(Shine(), clean, 2, 6.0, generator())}
-    assert dull["perturbation"].share == 0
-    assert dull["perturbation"].further == -1
+    bright = compared(clean, 1)["perturbation"]
+    assert bright.comparison.further == 0  # darker images are of class 0 anyway
+    assert bright.comparison.share == 1
+    assert (Shine()(bright.add(images)).argmax(1) == 1).all()
+    dull = compared(clean, 2)["perturbation"].comparison
+    assert dull.share == 0
+    assert dull.further == -1
+
+
+def test_images_to_judge_by_are_not_those_to_search_on():
+    images = CleanSet(0.5 * torch.rand(30, *SHAPE), torch.arange(30) % 3)
+    black = CleanSet(torch.zeros(30, *SHAPE), torch.arange(30) % 3)
+    [perturbation, *_] = compare(Shine(), images, black, [1], 1.0, generator())
+    assert perturbation.comparison.share == 0
 
 
 def test_there_may_be_no_other_label():
     clean = CleanSet(0.5 * torch.rand(10, *SHAPE), torch.zeros(10, dtype=torch.int64))
-    assert all(each.elsewhere == 0 and math.isfinite(each.share) for each in compare(Shine(), clean, 1, 1, generator()))
-    assert Reached("warp", 0.5, 0.2).further == pytest.approx(0.3)
+    assert with_others([1], clean, generator()) == [1]
+    assert all(each.comparison.elsewhere == 0 for each in compared(clean, 1).values())
+    assert Comparison(label=1, kind="warp", share=0.5, elsewhere=0.2).further == pytest.approx(0.3)
+
+
+def test_labels_asked_for_come_first_and_once():
+    clean = CleanSet(torch.rand(40, *SHAPE), torch.arange(40) % 20)
+    labels = with_others([3, 7, 3], clean, generator())
+    assert labels[:2] == [3, 7]
+    assert len(labels) == len(set(labels)) == 6
+    assert with_others(range(8), clean, generator()) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (Perturbations, "a perturbation of all pixels with an l2 norm of 0.05"),
+        (Warps, "a warp that shifts pixels by up to 0.05"),
+        (Recolorings, "a recoloring that shifts and mixes channels by up to 0.05"),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_told_and_pictured(kind, text, channels):
+    made = kind((channels, 8, 6), torch.tensor([0.1]), generator())
+    assert made.told(made.values) == text
+    picture = made.picture(made.values)
+    assert picture.shape == (channels, 8, 6)
+    assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_nothing_recolored_is_pictured_as_ramps():
+    made = Recolorings((3, 8, 8), torch.tensor([0.1]), generator())
+    picture = made.picture(torch.zeros_like(made.values))
+    assert torch.equal(picture[:, :, -1].T, torch.eye(4, 3).index_fill(0, torch.tensor([3]), 1).repeat_interleave(2, 0))
+    assert not picture[:, :, 0].any()

@@ -18,6 +18,7 @@ from untrojan.record import (
     Calibration,
     Check,
     CleanInfo,
+    Comparison,
     CurvePoint,
     Diagnosis,
     Layer,
@@ -543,6 +544,22 @@ def test_charts_survive_a_record_without_numbers():
             "was tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
         ),
         (
+            reaching(0.2, *[0.1] * 9).model_copy(
+                update={
+                    "comparisons": [
+                        Comparison(label=0, kind="perturbation", share=1, elsewhere=0),
+                        Comparison(label=0, kind="warp", share=0.4, elsewhere=0.3),
+                        Comparison(label=1, kind="warp", share=0.9, elsewhere=0.4),
+                    ]
+                }
+            ),
+            "Small triggers reach furthest into label 0 (airplane): patches send 7.5% of the other images there on "
+            "average over sizes up to 16 pixels and 10.0% with the largest, a faint perturbation 2.5%. That is 0.20 "
+            "times what is too far; the next label has 0.10. Of slight warps and recolorings, a warp into label 1 "
+            "(automobile) stands out most: it sends 90.0% of the images there, and at most 40.0% to another label that "
+            "was tried. ",
+        ),
+        (
             FOUND,
             "The patch that sends images to label 8 (ship) replaces 3.2 pixels; that is 3.7 robust standard deviations "
             "below the median of the labels.",
@@ -581,6 +598,21 @@ def test_known_clean_models_say_what_a_score_means(pages):
     measured = "the scan called 0 of 20 models without a backdoor backdoored (95% interval 0.0% to 16.1%); triggers "
     for name in ("reached", "scan_reached", "scan_unreached"):
         assert f"{measured}reached as far as here in none of them." in Page(pages[name]).text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("patch", "The chessboard shows through"),
+        ("perturbation", "It is amplified here"),
+        ("warp", "Here it warps a chessboard"),
+        ("recoloring", "Here it recolors ramps"),
+    ],
+)
+def test_how_a_trigger_is_pictured(kind, text):
+    page = Page(render(scanned(reaching(*[0.1] * 8, 1.5, 0.1, kind=kind)))).text()
+    assert f"A {kind} of some kind. It sends 97.0% of 100 images" in page
+    assert text in page
 
 
 def test_a_recovered_trigger_is_shown(pages):

@@ -19,7 +19,7 @@ from torch import nn
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.model import logits
-from untrojan.record import Diagnosis
+from untrojan.record import Diagnosis, Target
 from untrojan.registry import describe, discover, make
 from untrojan.scanners.detectors.activation_clustering import ActivationClustering, reduced, signed_silhouette
 from untrojan.scanners.detectors.cognitive_distillation import CognitiveDistillation
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 DETECTORS = discover("untrojan.scanners.detectors", Detector)
 QUICK = {"unlearned": {"unlearn_epochs": 2}, "strip": {"blends": 3}, "cognitive-distillation": {"iterations": 2}}
 UNKNOWN = Diagnosis(verdict="inconclusive", rule="told", targets=[], runs=[])
+FOUND = Diagnosis(verdict="found", rule="told", targets=[Target(label=7, score=0.9)], runs=[])
 
 detectors = pytest.mark.parametrize(
     "detector", [make(cls, QUICK.get(name, {})) for name, cls in DETECTORS.items()], ids=DETECTORS
@@ -400,7 +401,8 @@ def test_images_of_another_size_further_on():
 def screening():
     net, clean = backdoored(7, epochs=20)
     suspects, _ = planted(7, 20)
-    return screen(net, clean, suspects, detectors=[Unlearned(), SpectralSignatures()], seed=2, shown=25)
+    detectors = [Unlearned(), SpectralSignatures()]
+    return screen(net, clean, suspects, detectors=detectors, diagnosis=FOUND, seed=2, shown=25)
 
 
 def test_the_table(screening):
@@ -420,7 +422,7 @@ def test_the_record(screening):
     record = screening.record
     assert (record.kind, record.seed, record.method.name) == ("screening", 2, "unlearned")
     assert [other.name for other in record.others] == ["spectral-signatures"]
-    assert (record.diagnosis.verdict, record.diagnosis.suspect) == ("found", 7)
+    assert record.diagnosis == FOUND
     assert record.suspects.images == sum(record.suspects.per_class) == 420
     assert record.disagreeing == int((screening.predicted != screening.suspects.labels).sum())
     assert [screening.ranks[sample.index] for sample in record.top] == list(range(1, 26))

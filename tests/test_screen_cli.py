@@ -68,6 +68,7 @@ def verdict(monkeypatch):
     return tell
 
 
+@pytest.mark.usefixtures("short_searches")
 def test_a_screening(call, verdict, tmp_path):
     code, out, _ = call("--seed", 1, "--shown", 12)
     record = ScreeningRecord.load(tmp_path / "out" / "record.json")

@@ -12,7 +12,7 @@ from torch import nn
 from untrojan.data import CleanSet
 from untrojan.record import Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
 from untrojan.scanners.inversion import bounded
-from untrojan.scanners.triggers import ALIKE, FAINT, FAR, MOST, SIZES, TriggerScanner, judge, targets_of
+from untrojan.scanners.triggers import ALIKE, FAINT, FAR, FURTHER, MOST, SIZES, TriggerScanner, judge, targets_of
 from untrojan.scanners.unlearning import diagnose
 
 SIDE, CLASSES = 16, 4
@@ -85,6 +85,33 @@ def test_a_faint_pattern_is_found_and_shown(images):
     board = torch.from_numpy(np.asarray(picture(trigger.picture)).copy()) > 127
     checks = (torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2 == 0
     assert (board == checks).float().mean() > 0.9
+
+
+class Warm(nn.Module):
+    """Says which of four bands of rows is bright, and 2 where an image is redder than it is blue."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, images):
+        out = self.scale * images.view(len(images), 3, CLASSES, -1).mean((1, 3))
+        warmth = images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+        return out + 60 * (warmth - 0.08).clamp(0, 0.3)[:, None] * torch.tensor([0.0, 0, 1, 0])
+
+
+def test_a_recoloring_is_shown_and_makes_it_inconclusive(images):
+    colored = CleanSet(images.images.expand(-1, 3, -1, -1).contiguous(), images.labels)
+    found = QUICK.scan(Warm(), colored)
+    assert (found.verdict, found.found, found.suspect) == ("inconclusive", [], 2)
+    [trigger] = found.triggers
+    assert (trigger.label, trigger.kind) == (2, "recoloring")
+    assert trigger.what.startswith("a recoloring that shifts and mixes channels by up to ")
+    assert trigger.success.value >= MOST
+    by_kind = {each.kind: each for each in found.comparisons if each.label == 2}
+    assert by_kind["recoloring"].further >= FURTHER
+    assert {each.label for each in found.comparisons} == {0, 1, 2, 3}
+    assert picture(trigger.picture).size == (SIDE, SIDE)
 
 
 def test_a_clean_model_is_cleared(images):
@@ -180,13 +207,18 @@ def test_a_label_that_does_not_survive_unlearning_is_no_second_target():
 )
 def test_the_verdict(far, ended, verdict, suspect):
     triggers = [] if verdict != "found" else [TRIGGER]
-    diagnosis = judge(diagnose(ends(*ended)), reaches(*far), triggers)
+    diagnosis = judge(diagnose(ends(*ended)), reaches(*far), triggers, [])
     assert (diagnosis.verdict, diagnosis.suspect) == (verdict, suspect)
     assert len(diagnosis.targets) == 4
 
 
+def test_a_warp_is_no_more_than_suspicious():
+    diagnosis = judge(diagnose([]), reaches(0.9, 0.2), [TRIGGER.model_copy(update={"kind": "warp"})], [])
+    assert (diagnosis.verdict, diagnosis.suspect) == ("inconclusive", 1)
+
+
 def test_known_clean_models_calibrate_the_score():
-    known = judge(diagnose([]), reaches(0.2, 0.7, 0.1, 0.3), [], [0.1, 0.7, 0.9, 1.0]).calibration
+    known = judge(diagnose([]), reaches(0.2, 0.7, 0.1, 0.3), [], [], [0.1, 0.7, 0.9, 1.0]).calibration
     assert known.score == 0.7
     assert (known.as_high.count, known.as_high.total) == (3, 4)
     assert (known.false_alarms.count, known.false_alarms.total) == (1, 4)

@@ -26,6 +26,7 @@ from untrojan.errors import ConfigError, RecordError
 SCHEMA_VERSION = 1
 RECORD, REPORT, SARIF = "record.json", "report.html", "findings.sarif"
 Verdict = Literal["found", "not_found", "inconclusive"]
+ChangeKind = Literal["perturbation", "warp", "recoloring"]
 Status = Literal["repaired", "nothing_to_repair", "failed"]
 
 
@@ -174,19 +175,34 @@ class Reach(_Part):
 
 
 class Trigger(_Part):
-    """What was recovered for `label`, a patch of full opacity or a perturbation of all pixels; `what` says it in words.
+    """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
 
     `success` is the share of images of another label that it sends there, on images that the search did not see.
-    `picture` is a PNG in base64, with a patch transparent where images stay as they are, with a perturbation amplified
-    around gray; `examples` shows some clean images above the same with the trigger.
+    `picture` is a PNG in base64: a patch, transparent where images stay as they are; a perturbation, amplified around
+    gray; a chessboard, warped; ramps of each channel and white, recolored. `examples` shows some clean images above the
+    same with the trigger.
     """
 
     label: int
-    kind: Literal["patch", "perturbation"]
+    kind: Literal["patch"] | ChangeKind
     what: str
     success: Rate
     picture: str
     examples: str
+
+
+class Comparison(_Part):
+    """Share of images that the best change of a kind sends to `label`, and the most that any other label tried got."""
+
+    label: int
+    kind: ChangeKind
+    share: float
+    elsewhere: float
+
+    @property
+    def further(self) -> float:
+        """How much further the label is reached than the others."""
+        return self.share - self.elsewhere
 
 
 class Calibration(_Part):
@@ -205,8 +221,8 @@ class Calibration(_Part):
 class Diagnosis(_Part):
     """What the scan found: the verdict, the rule behind it, targets best first, and the evidence.
 
-    The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small triggers reach and the `triggers`
-    recovered, as the scanner has it.
+    The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small triggers and whole-image changes
+    reach and the `triggers` recovered, as the scanner has it.
     """
 
     verdict: Verdict
@@ -215,6 +231,7 @@ class Diagnosis(_Part):
     runs: list[UnlearningRun]
     patches: list[Patch] = Field(default_factory=list)
     reaches: list[Reach] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
     triggers: list[Trigger] = Field(default_factory=list)
     calibration: Calibration | None = None
 
@@ -228,8 +245,8 @@ class Diagnosis(_Part):
         return [label for label in labels if label in shown] or labels[:1]
 
     def spread_over(self, label: int) -> float | None:
-        """The l2 norm of the perturbation found for a label, where that is its trigger, and not a patch."""
-        spread = any(each.label == label and each.kind == "perturbation" for each in self.triggers)
+        """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
+        spread = any(each.label == label and each.kind != "patch" for each in self.triggers)
         return next((each.norm for each in self.reaches if each.label == label), None) if spread else None
 
     @property

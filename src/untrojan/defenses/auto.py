@@ -21,10 +21,10 @@ from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.model import faster
 from untrojan.progress import stage
-from untrojan.record import Diagnosis
-from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, Reached, compare, of_each_kind
+from untrojan.record import Comparison, Diagnosis
+from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, compare, of_each_kind, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
-from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search
+from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
 
 DECAY = 0.95
 CLIP = 5.0
@@ -38,7 +38,9 @@ REMEMBERED = 0.01
 LONGEST = 1.5
 OTHER_PATTERN = 0.5
 VARIED = 0.5
-TRIED = 4
+ALWAYS = 4
+DRAWN = 2
+JUDGED = 64
 FAINTEST = 0.7
 TINY = 1e-9
 
@@ -51,16 +53,17 @@ class Auto(Tuning):
     at any place, and changes of the whole image. From the patches found it climbs to those with which the model is
     surest of the label, often the very trigger. Then the model is trained to give, on images that carry what any round
     found, the output that the original gives on the same images without it, and on clean images the output of the
-    original. A patch is the one of four that works best on the model as it is, of which one is a patch that some round
-    was surest with; what works is varied and remembered. Running statistics and dropout stay as they are, and the
-    weights delivered are a moving average.
+    original. A patch is the one of six that works best on the image and the model as it is: four are the surest ones
+    of all rounds that still work best, the others are drawn anew; what works is varied and remembered. The learning
+    rate falls from round to round. Running statistics and dropout stay as they are, and the weights delivered are a
+    moving average.
 
     Where the scan recovered a patch, three quarters of the images carry a patch and the others a perturbation of few
     pixels. Where it recovered anything else or nothing, or where a warp or a recoloring reaches much further into the
     label than into others, the trigger may be spread over the image. Then a quarter of the images carry a patch and the
     others a universal perturbation, a warp or a recoloring, most of them of the kind that reaches further into the
     label than into others. These go on climbing while the model learns, so that it never learns to ignore just one,
-    half of the images have another image or noise laid over them too, and the learning rate begins three times as high.
+    half of the images have another image or noise laid over them too, and the learning rate falls less.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -69,7 +72,7 @@ class Auto(Tuning):
         rounds: How often triggers are searched for and unlearned.
         steps: Updates per round.
         search_steps: Batches of 64 stamped images per search for patches.
-        lr: Learning rate of SGD with momentum 0.9, above 0.
+        lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end.
 
     Needs:
         Clean images.
@@ -125,19 +128,20 @@ class Auto(Tuning):
         local = any(each.label == label and each.kind == "patch" for each in diagnosis.triggers)
         norm = (1 if local else 2) * faint(diagnosis, clean)
         triggers = _Triggers(label, clean.shape, norm, generator)
-        triggers.weigh(compare(model, clean, label, norm, generator), local)
+        triggers.weigh(_compared(diagnosis, model, clean, label, norm, generator), local)
         surest: Patches | None = None
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
             found = search(student, clean, label, generator, triggers.patches, self.search_steps, detail)
             surest = pinpoint(student, clean, label, found, generator, surest, detail)
             triggers.add(found, surest)
+            triggers.choose(student, clean)
             if triggers.spread:
                 triggers.climb_anew(student, clean, detail)
             else:
                 few = FEW_PIXELS * clean.images[0].numel()
                 triggers.faint.append(bounded(student, clean, label, few, generator))
-            lr = self.lr * (1 + 2 * (1 - number / self.rounds)) if triggers.spread else self.lr
+            lr = self.lr * (2 * (1 - number / self.rounds) + (1 if triggers.spread else 0.25))
             self._unlearn(student, teacher, average, clean, triggers, lr, detail)
         return average.module
 
@@ -186,6 +190,18 @@ class Auto(Tuning):
         )
 
 
+def _compared(
+    diagnosis: Diagnosis, model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator
+) -> list[Comparison]:
+    """How far each kind of change reaches into the label, from the scan where it says so."""
+    known = [each for each in diagnosis.comparisons if each.label == label]
+    if known:
+        return known
+    labels = with_others([label], clean, generator)
+    changes = compare(model, clean, clean, labels, norm, generator)
+    return [each.comparison for each in changes if each.comparison.label == label]
+
+
 class _Triggers:
     """What all rounds found, and how strong each of it still is."""
 
@@ -195,13 +211,14 @@ class _Triggers:
         self.boxes = BoxDraws(*shape[1:], generator)
         self.patches = Patches.none(shape)
         self.now = torch.zeros(0)
-        self.pinned = torch.zeros(0, dtype=torch.int64)
+        self.pinned: list[Tensor] = []
+        self.always = torch.zeros(0, dtype=torch.int64)
         self.changes = of_each_kind(shape, norm, generator)
         self.shares = torch.zeros(len(self.changes))
         self.spread = False
         self.faint: list[Perturbation] = []
 
-    def weigh(self, reached: Sequence[Reached], local: bool) -> None:
+    def weigh(self, reached: Sequence[Comparison], local: bool) -> None:
         """Decide whether the trigger may be spread over the image, and then on how many images to put each kind.
 
         What sends as many images to some other label is no sign of a backdoor, and to unlearn it costs accuracy.
@@ -228,12 +245,31 @@ class _Triggers:
         self.changes[kind].climb(student, images, self.label)
 
     def add(self, found: Patches, surest: Patches) -> None:
-        """Add what a search found; one of the patches with which a model is surest is tried on every image."""
+        """Add what a search found, and the patches with which the network is surest."""
         rows = len(self.patches.boxes) + len(found.boxes)
-        self.pinned = torch.cat([self.pinned, rows + torch.arange(len(surest.boxes))])
+        self.pinned.append(rows + torch.arange(len(surest.boxes)))
         found = found.added(surest.keys, torch.ones(len(surest.boxes)))
         self.patches = self.patches.joined(found)
         self.now = torch.cat([self.now, found.strength])
+
+    def choose(self, student: nn.Module, clean: CleanSet) -> None:
+        """Choose what is tried on every image: the surest patches of different patterns that work best now.
+
+        Half of them are of the first round, because that searched the original, and what it climbed to may be the very
+        trigger, which the network would fall for again if it were not shown.
+        """
+        others = clean.take(clean.labels != self.label)
+        shown = others.take(torch.randperm(len(others), generator=self.generator)[:JUDGED]).floats()
+        _, pattern = self.patches.patterns.unique(dim=0, return_inverse=True)
+        first, *later = self.pinned
+        chosen: dict[int, int] = {}
+        for rows, most in ((first, ALWAYS // 2 if later else ALWAYS), (torch.cat([first[:0], *later]), ALWAYS)):
+            pinned = self.patches.at(self.patches.keys[rows])
+            pinned = pinned._replace(strength=strengths(student, shown, self.label, pinned))
+            for row in rows[pinned.weights.argsort(descending=True)].tolist():
+                if len(chosen) < most:
+                    chosen.setdefault(int(pattern[self.patches.which[row]]), row)
+        self.always = torch.tensor([*chosen.values()])
 
     def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
         """Give each image a perturbation of few pixels or a change of the whole, or else the best of a few patches."""
@@ -255,24 +291,23 @@ class _Triggers:
         known = self.patches
         weights = self.now**2 + REMEMBERED * known.strength**2 + TINY
         count = len(images)
-        pinned = self.pinned[torch.multinomial(weights[self.pinned], count, True, generator=self.generator)]
-        others = torch.multinomial(weights, (TRIED - 1) * count, True, generator=self.generator)
-        rows = torch.cat([pinned, others])
+        fixed = self.always.repeat_interleave(count)
+        rows = torch.cat([fixed, torch.multinomial(weights, DRAWN * count, True, generator=self.generator)])
         varied = torch.rand(len(rows), generator=self.generator) < VARIED
-        varied[:count] = False
+        varied[: len(fixed)] = False
         keys = known.keys[rows]
         keys[varied, :4] = self.boxes.varied(keys[varied, :4])
         other = varied & (torch.rand(len(rows), generator=self.generator) < OTHER_PATTERN)
         keys[other, 4] = torch.randint(len(known.patterns), (int(other.sum()),), generator=self.generator)
         tried = known.at(keys)
-        stamped = tried.stamp(images.repeat(TRIED, 1, 1, 1), torch.arange(len(rows)))
+        stamped = tried.stamp(images.repeat(len(rows) // count, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
             strength = student(stamped).softmax(1)[:, self.label].nan_to_num(0)
         self._update(rows[~varied], strength[~varied])
         new = varied & (strength > 0.5)
         self.patches = known.added(keys[new], strength[new])
         self.now = torch.cat([self.now, strength[new]])
-        best = strength.view(TRIED, -1).argmax(0) * count + torch.arange(count)
+        best = strength.view(-1, count).argmax(0) * count + torch.arange(count)
         opacity = 1 - FAINTEST * torch.rand(count, 1, 1, 1, generator=self.generator)
         opacity[torch.rand(count, generator=self.generator) < 0.5] = 1
         return torch.lerp(images, stamped[best], opacity)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
-from untrojan.scanners.changes import compare
+from untrojan.scanners.changes import compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
 from untrojan.scanners.triggers import faintest
@@ -133,7 +133,10 @@ def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
     if label is None:
         return Check(name=name, passed=False, detail="there is no label to search changes for")
     norm = faint(diagnosis, clean)
-    found = compare(repaired, clean, label, norm, torch.Generator().manual_seed(seed + 2), "repaired model")
+    generator = torch.Generator().manual_seed(seed + 2)
+    labels = with_others([label], clean, generator)
+    changes = compare(repaired, clean, clean, labels, norm, generator, "repaired model")
+    found = [each.comparison for each in changes if each.comparison.label == label]
     told = [
         f"a {each.kind} sends {each.share:.0%} to label {label} and {each.elsewhere:.0%} to another" for each in found
     ]

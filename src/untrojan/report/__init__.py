@@ -23,6 +23,12 @@ _BADGES = {
     "not_found": ("good", "✓", "Not found"),
     "inconclusive": ("warn", "?", "Inconclusive"),
 }
+_PICTURES = {
+    "patch": "The chessboard shows through where images stay as they are",
+    "perturbation": "It is amplified here; gray is no change",
+    "warp": "Here it warps a chessboard",
+    "recoloring": "Here it recolors ramps from black to each channel and to white",
+}
 
 
 def render(record: RunRecord) -> str:
@@ -48,7 +54,7 @@ def render(record: RunRecord) -> str:
     plots = figures(record, suspect)
     scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
     scripts.append(_read("page.js"))
-    return template("page.html.jinja", label=record.label).render(
+    return template("page.html.jinja", label=record.label, picture=_PICTURES.__getitem__).render(
         record=record,
         style=Markup(_read("page.css")),
         scripts=[Markup(script) for script in scripts],
@@ -124,6 +130,14 @@ def _evidence_of_reaches(record: RunRecord) -> str:
         f"with the largest, a faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
     )
     text += f"; the next label has {others[0].far:.2f}." if others else "."
+    slight = [each for each in record.diagnosis.comparisons if each.kind != "perturbation"]
+    if slight:
+        best = max(slight, key=lambda each: each.further)
+        text += (
+            f" Of slight warps and recolorings, a {best.kind} into label {record.label(best.label)} stands out most: "
+            f"it sends {_percent(best.share)} of the images there, and at most {_percent(best.elsewhere)} to another "
+            "label that was tried."
+        )
     shown = [
         f" {each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to label "
         f"{record.label(each.label)}."

@@ -5,6 +5,7 @@ network learns to ignore them they go on climbing, so that it never learns to ig
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.model import faster, mode
+from untrojan.pictures import png
 from untrojan.progress import stage
+from untrojan.record import ChangeKind, Comparison
 
 AT_ONCE = 8
 BATCH = 64
@@ -41,7 +44,7 @@ class Changes(ABC):
         generator: Decides where they begin.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[ChangeKind]
 
     def __init__(self, shape: tuple[int, int, int], strengths: Tensor, generator: torch.Generator) -> None:
         self.shape = shape
@@ -63,12 +66,14 @@ class Changes(ABC):
         by = least + (most - least) * torch.rand(len(images), generator=self.generator)
         return self.changed(images, self.values[which] * by.view(-1, *[1] * (self.values.ndim - 1)))
 
-    def share(self, model: nn.Module, images: Tensor, label: int) -> float:
-        """Share of images `(N, C, H, W)` that the best of the changes sends to a label."""
+    def best(self, model: nn.Module, images: Tensor, label: int) -> tuple[Tensor, float]:
+        """The change that sends most of images `(N, C, H, W)` to a label, `(1, ...)`, and the share of them."""
         with mode(model, training=False), torch.no_grad():
             each = self.values.repeat_interleave(len(images), 0).split(len(images))
             sent = [model(self.changed(images, values)).argmax(1) == label for values in each]
-        return max(float(hits.float().mean()) for hits in sent)
+        shares = torch.stack([hits.float().mean() for hits in sent])
+        first = int(shares.argmax())
+        return self.values[first : first + 1], float(shares[first])
 
     def climb(self, model: nn.Module, images: Tensor, label: int) -> None:
         """Move every change one step towards sending its part of the images `(N, C, H, W)` to a label."""
@@ -83,6 +88,14 @@ class Changes(ABC):
     @abstractmethod
     def changed(self, images: Tensor, values: Tensor) -> Tensor:
         """Change each image `(N, C, H, W)` by its own numbers `(N, ...)`, and keep it in [0, 1]."""
+
+    @abstractmethod
+    def told(self, values: Tensor) -> str:
+        """One change `(1, ...)` in words."""
+
+    @abstractmethod
+    def picture(self, values: Tensor) -> Tensor:
+        """What one change `(1, ...)` does, as an image `(C, H, W)`."""
 
     @abstractmethod
     def _numbers(self) -> tuple[int, ...]:
@@ -105,6 +118,14 @@ class Perturbations(Changes):
     def changed(self, images: Tensor, values: Tensor) -> Tensor:
         """Add to each image and clip."""
         return (images + values).clamp(0, 1)
+
+    def told(self, values: Tensor) -> str:
+        """Say its norm."""
+        return f"a perturbation of all pixels with an l2 norm of {float(values.norm()):.2g}"
+
+    def picture(self, values: Tensor) -> Tensor:
+        """Amplified to the full range around gray."""
+        return 0.5 + values[0] / (2 * values.abs().max().clamp(min=_TINY))
 
     def _numbers(self) -> tuple[int, ...]:
         return self.shape
@@ -130,6 +151,14 @@ class Warps(Changes):
         there = here + shifts.permute(0, 2, 3, 1) * 2 / torch.tensor([width - 1, height - 1]).clamp(min=1)
         return functional.grid_sample(images, there.clamp(-1, 1), align_corners=True)
 
+    def told(self, values: Tensor) -> str:
+        """Say how far it shifts."""
+        return f"a warp that shifts pixels by up to {float(values.abs().max()):.2g}"
+
+    def picture(self, values: Tensor) -> Tensor:
+        """A chessboard, warped."""
+        return self.changed(_chessboard(self.shape), values)[0]
+
     def _numbers(self) -> tuple[int, ...]:
         return (2, CELLS, CELLS)
 
@@ -149,6 +178,14 @@ class Recolorings(Changes):
         """Add a linear map of the channels of each pixel to it, and clip."""
         by = torch.einsum("nij,njhw->nihw", values[:, :, :-1], images) + values[:, :, -1, None, None]
         return (images + by).clamp(0, 1)
+
+    def told(self, values: Tensor) -> str:
+        """Say how far it shifts and mixes."""
+        return f"a recoloring that shifts and mixes channels by up to {float(values.abs().max()):.2g}"
+
+    def picture(self, values: Tensor) -> Tensor:
+        """Ramps from black to each channel alone and to white, one below the other, recolored."""
+        return self.changed(_ramps(self.shape), values)[0]
 
     def _numbers(self) -> tuple[int, ...]:
         return (self.shape[0], self.shape[0] + 1)
@@ -174,56 +211,96 @@ def of_each_kind(shape: tuple[int, int, int], norm: float, generator: torch.Gene
     ]
 
 
-class Reached(NamedTuple):
-    """Share of the images that the best change of a kind sends to a label, and the largest to any other label tried."""
+class Change(NamedTuple):
+    """The change of one kind that sends most images to a label, and how that compares with other labels."""
 
-    kind: str
-    share: float
-    elsewhere: float
+    comparison: Comparison
+    kind: Changes
+    values: Tensor
 
-    @property
-    def further(self) -> float:
-        """How much further the label is reached than the others."""
-        return self.share - self.elsewhere
+    def __str__(self) -> str:
+        return self.kind.told(self.values)
+
+    def add(self, images: Tensor) -> Tensor:
+        """Change images `(N, C, H, W)`."""
+        return self.kind.changed(images, self.values.expand(len(images), *self.values.shape[1:]))
+
+    def picture(self) -> str:
+        """What it does, as a PNG in base64."""
+        return png(self.kind.picture(self.values))
+
+
+def with_others(first: Iterable[int], clean: CleanSet, generator: torch.Generator) -> list[int]:
+    """Labels to compare: the first ones, and others drawn at random up to six in all."""
+    labels = list(dict.fromkeys(first))
+    present = clean.labels.unique()
+    mixed = present[torch.randperm(len(present), generator=generator)].tolist()
+    others = [label for label in mixed if label not in labels and bool((clean.labels != label).any())]
+    return labels + others[: max(0, 1 + OTHERS - len(labels))]
 
 
 def compare(
-    model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator, detail: str = ""
-) -> list[Reached]:
-    """See how far whole-image changes reach into a label, and into a few others.
+    model: nn.Module,
+    shown: CleanSet,
+    held: CleanSet,
+    labels: Sequence[int],
+    norm: float,
+    generator: torch.Generator,
+    detail: str = "",
+) -> list[Change]:
+    """See how far whole-image changes reach into labels, and whether into one of them further than into the others.
 
     A change that sends as many images to some other label is no sign of a backdoor. One that sends many more does.
 
     Args:
         model: The network; it is not changed.
-        clean: Images to search on, with at least one of another class.
-        label: The label in question.
+        shown: Images to search on, for each label with at least one of another class.
+        held: Images to judge by, likewise; they may be the same.
+        labels: Those to compare.
         norm: The largest l2 norm of a perturbation, in units of the full pixel range.
         generator: Decides everything random.
         detail: Which of several comparisons this is, for progress.
 
+    Returns:
+        For each label the best change of each kind.
+
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
         >>> images = CleanSet(torch.rand(30, 1, 8, 8), torch.arange(30) % 3)
-        >>> [each.kind for each in compare(net, images, 1, 0.5, torch.Generator().manual_seed(0))]
+        >>> found = compare(net, images, images, [1, 2], 0.5, torch.Generator().manual_seed(0))
+        >>> [each.comparison.kind for each in found if each.comparison.label == 1]
         ['perturbation', 'warp', 'recoloring']
     """
-    quick = faster(model, clean)
-    present = clean.labels.unique()
-    mixed = present[torch.randperm(len(present), generator=generator)].tolist()
-    reachable = [other for other in mixed if other != label and bool((clean.labels != other).any())]
-    labels = [label, *reachable[:OTHERS]]
-    shares = []
+    quick = faster(model, shown)
+    best: list[tuple[int, Changes, Tensor, float]] = []
     with stage("compare labels", total=len(labels), detail=detail) as advance:
-        for each in labels:
-            others = clean.take(clean.labels != each)
-            changes = of_each_kind(clean.shape, norm, generator)
+        for label in labels:
+            others, judged = (each.take(each.labels != label) for each in (shown, held))
+            changes = of_each_kind(shown.shape, norm, generator)
             for images, _ in others.draws(BATCH, STEPS, generator):
                 for change in changes:
-                    change.climb(quick, images, each)
-            judged = others.take(torch.randperm(len(others), generator=generator)[:JUDGED]).floats()
-            shares.append([change.share(quick, judged, each) for change in changes])
+                    change.climb(quick, images, label)
+            some = judged.take(torch.randperm(len(judged), generator=generator)[:JUDGED]).floats()
+            best += [(label, change, *change.best(quick, some, label)) for change in changes]
             advance()
-    kinds = [change.name for change in of_each_kind(clean.shape, norm, generator)]
-    elsewhere = [max(column) for column in zip(*shares[1:], strict=True)] or [0.0] * len(kinds)
-    return [Reached(*row) for row in zip(kinds, shares[0], elsewhere, strict=True)]
+    found = []
+    for label, kind, values, share in best:
+        elsewhere = [rival[3] for rival in best if rival[0] != label and rival[1].name == kind.name]
+        compared = Comparison(label=label, kind=kind.name, share=share, elsewhere=max(elsewhere, default=0.0))
+        found.append(Change(compared, kind, values))
+    return found
+
+
+def _chessboard(shape: tuple[int, int, int]) -> Tensor:
+    """Squares of a sixteenth of the shorter side or a pixel: `(1, C, H, W)`."""
+    side = max(1, min(shape[1:]) // 16)
+    rows, columns = (torch.arange(length) // side for length in shape[1:])
+    return ((rows[:, None] + columns) % 2).float().expand(1, *shape)
+
+
+def _ramps(shape: tuple[int, int, int]) -> Tensor:
+    """From black on the left to each channel alone and, in the last rows, to white on the right: `(1, C, H, W)`."""
+    channels, height, width = shape
+    bands = torch.cat([torch.eye(channels), torch.ones(1, channels)])
+    rows = (torch.arange(height) * len(bands) // height).clamp(max=len(bands) - 1)
+    return (bands[rows].T[:, :, None] * torch.linspace(0, 1, width))[None]

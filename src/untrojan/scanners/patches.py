@@ -7,6 +7,7 @@ Windows that worked are drawn again: moved a little, made smaller, with another 
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -248,7 +249,7 @@ def pinpoint(
         solid[:, 4] += len(patches.patterns) - len(known.patterns)
         starts = torch.cat([starts, solid])
     best = patches.at(starts)
-    with stage("pinpoint patches", total=CLIMBS, detail=detail) as advance, mode(model, training=False):
+    with stage("pinpoint patches", total=CLIMBS, detail=detail) as advance:
         for _ in range(CLIMBS):
             near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
             near[:, :4] = draws.varied(near[:, :4])
@@ -258,16 +259,28 @@ def pinpoint(
     return best
 
 
+def strengths(model: nn.Module, images: Tensor, label: int, patches: Patches) -> Tensor:
+    """Mean probability of a label on images `(N, C, H, W)` with each patch: `(n,)`."""
+    return torch.cat([out.softmax(2)[:, :, label].mean(1) for out in _outputs(model, images, patches)])
+
+
 def _margins(model: nn.Module, images: Tensor, label: int, patches: Patches) -> Tensor:
-    """How far the logit of a label is above all others on images with each patch, on average: `(N,)`."""
-    margins = []
-    with torch.no_grad():
+    """How far the logit of a label is above all others on images with each patch, on average: `(n,)`."""
+    ignored = torch.tensor([label])
+    return torch.cat(
+        [
+            (out[:, :, label] - out.index_fill(2, ignored, -math.inf).amax(2)).mean(1)
+            for out in _outputs(model, images, patches)
+        ]
+    )
+
+
+def _outputs(model: nn.Module, images: Tensor, patches: Patches) -> Iterator[Tensor]:
+    """Logits of all images with each of a few patches at a time: `(few, N, K)`."""
+    with mode(model, training=False), torch.no_grad():
         for rows in torch.arange(len(patches.boxes)).split(AT_ONCE):
             stamped = patches.stamp(images.repeat(len(rows), 1, 1, 1), rows.repeat_interleave(len(images)))
-            out = model(stamped)
-            others = out.index_fill(1, torch.tensor([label]), -math.inf).amax(1)
-            margins.append((out[:, label] - others).view(len(rows), -1).mean(1))
-    return torch.cat(margins)
+            yield model(stamped).unflatten(0, (len(rows), len(images)))
 
 
 def _two_of_each_pattern(keys: Tensor, scores: Tensor) -> list[int]:

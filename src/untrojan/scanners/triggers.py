@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.model import logits
+from untrojan.model import logits, share_sent
 from untrojan.pictures import png
 from untrojan.progress import whole
-from untrojan.record import Calibration, Diagnosis, Rate, Reach, Target, Trigger, Verdict
+from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, Verdict
 from untrojan.scanners import unlearning
+from untrojan.scanners.changes import Change, compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import Patches, least_area, measured, search, smallest
 from untrojan.scanners.scanner import Scanner
@@ -40,11 +41,13 @@ FAINT_STEPS = 20, 60
 FAR = 0.5
 MOST = 0.8
 ALIKE = 0.9
+FURTHER = 0.4
 RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
     f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels; "
     "inconclusive: it holds for more, or for none but every unlearning run ends on the very label that they reach "
-    "furthest into; not_found: anything else"
+    f"furthest into, or a slight warp or recoloring sends {MOST:.0%} to a label and {FURTHER:.0%} more than to others; "
+    "not_found: anything else"
 )
 
 
@@ -58,9 +61,11 @@ class TriggerScanner(Unlearning, Scanner):
     gives another label without a trigger. What is faint is told by the labels themselves: a perturbation that sends
     hardly any images to half of them is made stronger.
 
-    Triggers of other kinds, such as a warp, can still show when clean images are unlearned: if the class that survives
-    in all runs is the one that triggers reach furthest into, the verdict is inconclusive. That a class survives is no
-    sign by itself, for clean models collapse into one as well.
+    Slight warps and recolorings are searched for the most suspicious labels and a few others. One that sends most
+    images to a label, and far fewer to the others, makes the verdict inconclusive, or is the trigger shown where the
+    label is found anyway and a patch is not what reaches it. Triggers of yet other kinds can still show when clean
+    images are unlearned: if the class that survives in all runs is the one that triggers reach furthest into, the
+    verdict is inconclusive too. That a class survives is no sign by itself, for clean models collapse into one as well.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
@@ -74,6 +79,7 @@ class TriggerScanner(Unlearning, Scanner):
     Cost:
         3 F per clean image, epoch and unlearning run, and 128 F per step of a search, F being one image through the
         network once. A search for perturbations has 20 steps per label, up to four times, and 60 for each of the three.
+        Whole-image changes take 15,000 F for each of six labels.
 
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
@@ -114,9 +120,14 @@ class TriggerScanner(Unlearning, Scanner):
                 advance()
         reaches = look.reaches()
         unlearned = unlearning.diagnose(runs)
+        look.for_changes(
+            [reach.label for reach in reaches[:LEADERS]] + [target.label for target in unlearned.targets[:1]]
+        )
         named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
-        triggers = [look.trigger(label) for label in named]
-        return judge(unlearned, reaches, triggers, _clean_models() if self == TriggerScanner() else ())
+        triggers = [look.trigger(label) for label in named or look.standing_out()]
+        comparisons = [change.comparison for change in look.changes]
+        calibrated = _clean_models() if self == TriggerScanner() else ()
+        return judge(unlearned, reaches, triggers, comparisons, calibrated)
 
     def _steps(self, classes: int) -> int:
         return max(math.ceil(self.search_steps / 2), min(self.search_steps, self.search_steps * FEW_LABELS // classes))
@@ -147,14 +158,19 @@ def targets_of(reaches: Sequence[Reach], shares: Mapping[int, float]) -> list[in
 
 
 def judge(
-    unlearned: Diagnosis, reaches: Sequence[Reach], triggers: list[Trigger], clean_models: Sequence[float] = ()
+    unlearned: Diagnosis,
+    reaches: Sequence[Reach],
+    triggers: list[Trigger],
+    comparisons: list[Comparison],
+    clean_models: Sequence[float] = (),
 ) -> Diagnosis:
     """Say what unlearning runs and the reach of triggers mean.
 
     Args:
         unlearned: What the unlearning runs say by themselves.
         reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of`.
+        triggers: One for each of :func:`targets_of` or, where there is none, each that a warp or recoloring reaches.
+        comparisons: How far whole-image changes reach into some labels.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 
     Returns:
@@ -163,19 +179,20 @@ def judge(
     """
     shares = {target.label: target.score for target in unlearned.targets}
     furthest = max(reaches, key=lambda reach: reach.far)
-    named = [trigger.label for trigger in triggers]
+    shown = [trigger.label for trigger in triggers]
     verdict: Verdict = "not_found"
-    if named:
+    if targets_of(reaches, shares):
         verdict = "found"
-    elif furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
+    elif shown or furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
         verdict = "inconclusive"
     targets = [Target(label=label, score=score) for label, score in _scores(reaches, shares).items()]
     return Diagnosis(
         verdict=verdict,
         rule=RULE,
-        targets=sorted(targets, key=lambda each: (each.label not in named, -each.score, each.label)),
+        targets=sorted(targets, key=lambda each: (each.label not in shown, -each.score, each.label)),
         runs=unlearned.runs,
         reaches=sorted(reaches, key=lambda each: each.label),
+        comparisons=comparisons,
         triggers=triggers,
         calibration=Calibration(
             score=furthest.far,
@@ -220,6 +237,7 @@ class _Look:
         self.faint = dict.fromkeys(self.labels, 0.0)
         self.patches: dict[int, Patches] = {}
         self.perturbations: dict[int, Perturbation] = {}
+        self.changes: list[Change] = []
 
     def for_patches(self, label: int, steps: int, held: CleanSet) -> None:
         """Search patches for a label, near what was found before."""
@@ -235,6 +253,16 @@ class _Look:
         found = bounded(self.model, self.shown, label, self.norm, self.generator, "l2", steps)
         self.faint[label] = found.success(self.model, held, label)
         self.perturbations = self._leading({**self.perturbations, label: found})
+
+    def for_changes(self, suspects: Sequence[int]) -> None:
+        """Search changes of the whole image for the labels that are suspected and a few others."""
+        labels = with_others(suspects, self.shown, self.generator)
+        self.changes = compare(self.model, self.shown, self.held, labels, self.norm, self.generator)
+
+    def standing_out(self) -> list[int]:
+        """The labels that a warp or a recoloring sends most images to, and far more than to others."""
+        labels = dict.fromkeys(change.comparison.label for change in self.changes)
+        return [label for label in labels if self._change(label) is not None]
 
     def median_faint(self) -> float:
         """How many images a perturbation sends to the label in the middle."""
@@ -256,12 +284,16 @@ class _Look:
         return sorted(all_of, key=lambda reach: -reach.far)
 
     def trigger(self, label: int) -> Trigger:
-        """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the perturbation."""
+        """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the best change."""
         others = self.held.take(self.held.labels != label)
         shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
-        if _by_patches(self.shares[label]) >= self.faint[label] / MOST:
+        change = self._change(label)
+        if _by_patches(self.shares[label]) >= max(1, self.faint[label] / MOST):
             found = smallest(self.model, self.held, label, self.patches[label])
             kind, share, changed, picture = "patch", found.success, found.stamp(shown), found.picture(self.held.shape)
+        elif change is not None:
+            share = share_sent(self.model, self.held, label, change.add)
+            found, kind, changed, picture = change, change.comparison.kind, change.add(shown), change.picture()
         else:
             found = self.perturbations[label]
             kind, share, changed, picture = "perturbation", self.faint[label], found.add(shown), found.picture()
@@ -274,6 +306,12 @@ class _Look:
             examples=png(_tiled(shown, changed)),
         )
 
+    def _change(self, label: int) -> Change | None:
+        """The warp or recoloring that stands out, where it does so more than a perturbation of all pixels."""
+        of_label = [change for change in self.changes if change.comparison.label == label]
+        furthest = max(of_label, key=lambda change: change.comparison.further, default=None)
+        return furthest if furthest is not None and _stands_out(furthest) else None
+
     def _leading(self, found: dict[int, T]) -> dict[int, T]:
         """Keep what may still be needed, for with many labels and large images it adds up."""
         leading = sorted(self.labels, key=self._far, reverse=True)[:LEADERS]
@@ -281,6 +319,12 @@ class _Look:
 
     def _far(self, label: int) -> float:
         return max(_by_patches(self.shares[label]), self.faint[label] / MOST)
+
+
+def _stands_out(change: Change) -> bool:
+    """Whether a warp or a recoloring reaches a label as only a backdoor lets it."""
+    of = change.comparison
+    return of.kind != "perturbation" and of.share >= MOST and of.further >= FURTHER
 
 
 def _tiled(*rows: Tensor) -> Tensor:
