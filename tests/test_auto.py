@@ -111,7 +111,7 @@ class FallsForWhite(nn.Module):
 
 
 def pinned(*sides):
-    """A round whose patches are white squares, each of a pattern of its own, and what climbing led to is all of them."""
+    """A round with white squares, each of a pattern of its own, all of which climbing led to."""
     patterns = torch.stack([0.995 + torch.full((3, 8, 8), 1e-3 * number) for number in range(len(sides))])
     boxes = torch.tensor([[side, side, 0, 0] for side in sides])
     found = Patches(patterns, boxes, torch.arange(len(sides)), torch.ones(len(sides)))
