@@ -78,11 +78,11 @@ class Auto(Tuning):
         Clean images.
 
     Cost:
-        With the defaults about 730,000 F whatever the number of images, 1,500 F per image with 500, F being one image
-        through the network once: per update 4 F for each of 128 images and 1 F for each of 192 stamped ones that are
+        With the defaults about 700,000 F whatever the number of images, 1,400 F per image with 500, F being one image
+        through the network once: per update 4 F for each of 128 images and 1 F for each of 288 stamped ones that are
         tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in those for changes,
-        and 1 F for each of up to 26,000 on which patches are compared; before all that 2 F for each of 23,000 changed
-        images, to compare labels.
+        and 1 F for each of up to 30,000 on which patches are compared; before all that 65,000 F to compare labels,
+        unless the scan did.
 
     Example:
         >>> from untrojan.record import Diagnosis, Target
@@ -108,8 +108,8 @@ class Auto(Tuning):
 
     name: ClassVar[str] = "auto"
 
-    rounds: int = Field(default=8, ge=1)
-    steps: int = Field(default=48, ge=1)
+    rounds: int = Field(default=6, ge=1)
+    steps: int = Field(default=64, ge=1)
     search_steps: int = Field(default=150, ge=1)
     lr: float = Field(default=2e-3, gt=0)
     batch_size: int = Field(default=64, ge=2)
