@@ -169,7 +169,7 @@ def test_labels_asked_for_come_first_and_once():
     ("kind", "text"),
     [
         (Perturbations, "a perturbation of all pixels with an l2 norm of 0.05"),
-        (Warps, "a warp that shifts pixels by up to 0.05"),
+        (Warps, "a warp by up to 0.05 pixels"),
         (Recolorings, "a recoloring that shifts and mixes channels by up to 0.05"),
     ],
     ids=lambda each: getattr(each, "name", ""),

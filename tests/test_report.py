@@ -268,6 +268,15 @@ def reaching(*far: float, known: int = 0, kind: str = "patch") -> Diagnosis:
     )
 
 
+COMPARED = reaching(0.2, *[0.1] * 9).model_copy(
+    update={
+        "comparisons": [
+            Comparison(label=0, kind="perturbation", share=1, elsewhere=0),
+            Comparison(label=0, kind="warp", share=0.4, elsewhere=0.3),
+            Comparison(label=1, kind="warp", share=0.9, elsewhere=0.4),
+        ]
+    }
+)
 REACHED = reaching(0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.2, 0.1, 1.75, 0.1, known=20)
 
 FOUND = patches([41, 43.5, 39, 38, 42, 40, 44, 37, 3.25, 40], small=(8,))
@@ -544,15 +553,7 @@ def test_charts_survive_a_record_without_numbers():
             "was tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
         ),
         (
-            reaching(0.2, *[0.1] * 9).model_copy(
-                update={
-                    "comparisons": [
-                        Comparison(label=0, kind="perturbation", share=1, elsewhere=0),
-                        Comparison(label=0, kind="warp", share=0.4, elsewhere=0.3),
-                        Comparison(label=1, kind="warp", share=0.9, elsewhere=0.4),
-                    ]
-                }
-            ),
+            COMPARED,
             "Small triggers reach furthest into label 0 (airplane): patches send 7.5% of the other images there on "
             "average over sizes up to 16 pixels and 10.0% with the largest, a faint perturbation 2.5%. That is 0.20 "
             "times what is too far; the next label has 0.10. Of slight warps and recolorings, a warp into label 1 "
@@ -613,6 +614,13 @@ def test_how_a_trigger_is_pictured(kind, text):
     page = Page(render(scanned(reaching(*[0.1] * 8, 1.5, 0.1, kind=kind)))).text()
     assert f"A {kind} of some kind. It sends 97.0% of 100 images" in page
     assert text in page
+
+
+def test_changes_of_the_whole_image_are_in_a_table(pages):
+    page = Page(render(scanned(COMPARED))).text()
+    assert "Slight changes of the whole image in numbers" in page
+    assert re.search(r"1 \(automobile\)\s*warp\s*90.0%\s*40.0%", page)
+    assert "Slight changes of the whole image" not in Page(pages["scan_reached"]).text()
 
 
 def test_a_recovered_trigger_is_shown(pages):

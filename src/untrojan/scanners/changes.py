@@ -153,7 +153,7 @@ class Warps(Changes):
 
     def told(self, values: Tensor) -> str:
         """Say how far it shifts."""
-        return f"a warp that shifts pixels by up to {float(values.abs().max()):.2g}"
+        return f"a warp by up to {float(values.abs().max()):.2g} pixels"
 
     def picture(self, values: Tensor) -> Tensor:
         """A chessboard, warped."""
