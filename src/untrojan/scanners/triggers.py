@@ -46,7 +46,7 @@ RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
     f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels; "
     "inconclusive: it holds for more, or for none but every unlearning run ends on the very label that they reach "
-    f"furthest into, or a slight warp or recoloring sends {MOST:.0%} to a label and {FURTHER:.0%} more than to others; "
+    f"furthest into, or a slight warp sends {MOST:.0%} to a label and {FURTHER:.0%} more than to others; "
     "not_found: anything else"
 )
 
@@ -61,11 +61,12 @@ class TriggerScanner(Unlearning, Scanner):
     gives another label without a trigger. What is faint is told by the labels themselves: a perturbation that sends
     hardly any images to half of them is made stronger.
 
-    Slight warps and recolorings are searched for the most suspicious labels and a few others. One that sends most
-    images to a label, and far fewer to the others, makes the verdict inconclusive, or is the trigger shown where the
-    label is found anyway and a patch is not what reaches it. Triggers of yet other kinds can still show when clean
-    images are unlearned: if the class that survives in all runs is the one that triggers reach furthest into, the
-    verdict is inconclusive too. That a class survives is no sign by itself, for clean models collapse into one as well.
+    Slight warps and recolorings are searched for the most suspicious labels and a few others. A warp that sends most
+    images to a label, and far fewer to the others, makes the verdict inconclusive. Where the label is found anyway, and
+    a patch is not what reaches it, one that stands out is the trigger shown. A recoloring alone is no sign: brighter
+    images are airplanes to clean models. Triggers of yet other kinds can still show when clean images are unlearned: if
+    the class that survives in all runs is the one that triggers reach furthest into, the verdict is inconclusive too.
+    That a class survives is no sign by itself, for clean models collapse into one as well.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
@@ -124,7 +125,7 @@ class TriggerScanner(Unlearning, Scanner):
             [reach.label for reach in reaches[:LEADERS]] + [target.label for target in unlearned.targets[:1]]
         )
         named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
-        triggers = [look.trigger(label) for label in named or look.standing_out()]
+        triggers = [look.trigger(label) for label in named or look.warped()]
         comparisons = [change.comparison for change in look.changes]
         calibrated = _clean_models() if self == TriggerScanner() else ()
         return judge(unlearned, reaches, triggers, comparisons, calibrated)
@@ -169,7 +170,7 @@ def judge(
     Args:
         unlearned: What the unlearning runs say by themselves.
         reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of` or, where there is none, each that a warp or recoloring reaches.
+        triggers: One for each of :func:`targets_of` or, where there is none, for each label that a warp reaches.
         comparisons: How far whole-image changes reach into some labels.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 
@@ -259,10 +260,11 @@ class _Look:
         labels = with_others(suspects, self.shown, self.generator)
         self.changes = compare(self.model, self.shown, self.held, labels, self.norm, self.generator)
 
-    def standing_out(self) -> list[int]:
-        """The labels that a warp or a recoloring sends most images to, and far more than to others."""
+    def warped(self) -> list[int]:
+        """The labels that a slight warp sends most images to, and far more than to others."""
         labels = dict.fromkeys(change.comparison.label for change in self.changes)
-        return [label for label in labels if self._change(label) is not None]
+        changes = {label: self._change(label) for label in labels}
+        return [label for label, change in changes.items() if change and change.comparison.kind == "warp"]
 
     def median_faint(self) -> float:
         """How many images a perturbation sends to the label in the middle."""
