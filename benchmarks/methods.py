@@ -7,6 +7,7 @@ repair, in this script, the known trigger measures the result.
 
     python benchmarks/methods.py --jobs 2                # run what is missing, then write benchmarks/methods.md
     python benchmarks/methods.py --methods clp bnp       # fewer
+    python benchmarks/methods.py --alone                 # auto on two threads with nothing beside it, to tell its time
 """
 
 import argparse
@@ -59,11 +60,16 @@ class Cell(NamedTuple):
     case: str
     setting: str
     seed: int
+    threads: int = 1
 
     @property
     def path(self) -> Path:
         """Where its record is."""
-        return RECORDS / self.setting.replace(" ", "-") / f"{self.method}-{self.case}-{self.seed}.json"
+        folder = self.setting.replace(" ", "-") if self.threads == 1 else "alone"
+        return RECORDS / folder / f"{self.method}-{self.case}-{self.seed}.json"
+
+
+ALONE = [Cell("auto", case, "500 images", 0, threads=2) for case in scan.ALONE]
 
 
 def run(cell: Cell) -> None:
@@ -102,7 +108,7 @@ def run(cell: Cell) -> None:
 
 def diagnose(cell: Cell, images: int) -> Diagnosis:
     """What the scan says of the same images, from the records of `scan.py`."""
-    wanted = scan.Cell(cell.case, images, cell.seed)
+    wanted = scan.Cell(cell.case, images, cell.seed, cell.threads)
     if not wanted.path.exists():
         scan.run(wanted)
     return Diagnosis.model_validate(scan.complete(json.loads(wanted.path.read_text())["diagnosis"]))
@@ -114,9 +120,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def in_a_process(cell: Cell) -> None:
-    """Run a cell on one thread in a process of its own; a cell that fails is told and left out."""
+    """Run a cell in a process of its own; a cell that fails is told and left out."""
     command = [sys.executable, __file__, "--cell", *map(str, cell)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": str(cell.threads)}, capture_output=True, text=True
+    )
     print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
 
 
@@ -176,6 +184,20 @@ def statuses(setting: str) -> Iterator[str]:
             yield f"| {method} | {len(good)} | {wrong} | {len(bad)} | {fine} |"
 
 
+def times() -> Iterator[str]:
+    """How long `auto` takes alone, scan included."""
+    yield "\n## Time of `auto` on two threads, with nothing beside it\n"
+    for cell in ALONE:
+        if cell.path.exists():
+            result = json.loads(cell.path.read_text())
+            scanned = json.loads(scan.Cell(cell.case, scan.IMAGES, cell.seed, cell.threads).path.read_text())["seconds"]
+            stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["record"]["seconds"].items())
+            yield (
+                f"* {cell.case}, 500 images: {scanned + result['seconds']:.0f} s, {scanned:.0f} s of them for the "
+                f"scan, {result['seconds']:.0f} s for the repair with its checks ({stages})"
+            )
+
+
 def load(setting: str, method: str, case: str) -> list[dict[str, Any]]:
     folder = RECORDS / setting.replace(" ", "-")
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{case}-[0-9]*.json"))]
@@ -206,6 +228,7 @@ def page() -> str:
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
             lines += [*table(setting), *statuses(setting)]
+    lines += times()
     return "\n".join(lines) + "\n"
 
 
@@ -217,12 +240,13 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
-    parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
     if asked.cell:
-        method, case, setting, seed = asked.cell
-        run(Cell(method, case, setting, int(seed)))
+        method, case, setting, seed, threads = asked.cell
+        run(Cell(method, case, setting, int(seed), int(threads)))
         return
     cells = [
         Cell(method, case, setting, seed)
@@ -232,8 +256,9 @@ def main() -> None:
         if method == "auto" or not SETTINGS[setting].poisoned
         for case in asked.cases
     ]
+    wanted = ALONE if asked.alone else cells
     with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(in_a_process, [cell for cell in cells if not cell.path.exists()]))
+        list(pool.map(in_a_process, [cell for cell in wanted if not cell.path.exists()]))
     write_atomic(Path("benchmarks/methods.md"), page().encode())
 
 
