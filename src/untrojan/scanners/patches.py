@@ -277,10 +277,11 @@ def _margins(model: nn.Module, images: Tensor, label: int, patches: Patches) -> 
 
 def _outputs(model: nn.Module, images: Tensor, patches: Patches) -> Iterator[Tensor]:
     """Logits of all images with each of a few patches at a time: `(few, N, K)`."""
-    with mode(model, training=False), torch.no_grad():
-        for rows in torch.arange(len(patches.boxes)).split(AT_ONCE):
-            stamped = patches.stamp(images.repeat(len(rows), 1, 1, 1), rows.repeat_interleave(len(images)))
-            yield model(stamped).unflatten(0, (len(rows), len(images)))
+    for rows in torch.arange(len(patches.boxes)).split(AT_ONCE):
+        stamped = patches.stamp(images.repeat(len(rows), 1, 1, 1), rows.repeat_interleave(len(images)))
+        with mode(model, training=False), torch.no_grad():
+            out = model(stamped)
+        yield out.unflatten(0, (len(rows), len(images)))
 
 
 def _two_of_each_pattern(keys: Tensor, scores: Tensor) -> list[int]:
