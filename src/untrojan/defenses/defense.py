@@ -21,7 +21,7 @@ from untrojan.defenses.checks import (
     resists_patches,
     resists_perturbation,
 )
-from untrojan.errors import ModelError, NoEffectWarning
+from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
 from untrojan.progress import timing
@@ -45,6 +45,7 @@ from untrojan.record import (
 )
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
 
@@ -154,8 +155,9 @@ class Defense(ABC):
 
         Args:
             model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
-            clean: Clean images with their true labels, at least one of each class. A method that is `data_free` also
-                takes a set without images; nothing can be verified then.
+            clean: Clean images with their true labels, at least one of each class. Those that carry a patch which the
+                scan recovered are left out, with a warning. A method that is `data_free` also takes a set without
+                images; nothing can be verified then.
             diagnosis: What a scan found; without it the model is scanned first.
             seed: Same seed, same repair; the caller's random state is left alone.
             source: The file the model came from, for the record, and for its keys and types when saving.
@@ -171,16 +173,19 @@ class Defense(ABC):
             if len(clean) or not self.data_free:
                 require(copy.deepcopy(model), clean)
             diagnosis = diagnosis or _look(model, clean, seed)
+            trusted = _trusted(copy.deepcopy(model), clean, diagnosis, seed)
             outcome = (
-                _unchanged(copy.deepcopy(model), clean)
+                _unchanged(copy.deepcopy(model), trusted)
                 if diagnosis.verdict == "not_found"
-                else self._repair(copy.deepcopy(model), clean, diagnosis, seed)
+                else self._repair(copy.deepcopy(model), trusted, diagnosis, seed)
             )
             _put_back_flags(outcome.model, model)
             parent, child = _states(model, outcome.model, source)
             classes = _require_sound(parent, child, outcome.model, clean)
             changed = state_sha256(parent) != state_sha256(child)
-            checks = self._checks(copy.deepcopy(model), outcome, clean, diagnosis, seed) if changed else outcome.checks
+            checks = (
+                self._checks(copy.deepcopy(model), outcome, trusted, diagnosis, seed) if changed else outcome.checks
+            )
             status, reason = _status(diagnosis, checks, changed)
             if status == "failed" and not changed:
                 warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
@@ -232,6 +237,19 @@ def _look(model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
     if len(clean):
         return TriggerScanner().scan(model, clean, seed)
     return Diagnosis(verdict="inconclusive", rule="there were no clean images to scan with", targets=[], runs=[])
+
+
+def _trusted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> CleanSet:
+    """The clean images without those that carry a recovered patch, of which a warning tells."""
+    doubtful = tainted(model, clean, diagnosis, seed)
+    if not doubtful.any():
+        return clean
+    text = (
+        f"{int(doubtful.sum())} of the {len(clean)} clean images lose their label where a piece of another image covers a "
+        "recovered patch: they may be poisoned, and are left out"
+    )
+    warnings.warn(UnreliableWarning(text), stacklevel=3)
+    return clean.take(~doubtful)
 
 
 def _unchanged(model: nn.Module, clean: CleanSet) -> Outcome:
