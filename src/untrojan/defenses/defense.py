@@ -245,8 +245,8 @@ def _trusted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int)
     if not doubtful.any():
         return clean
     text = (
-        f"{int(doubtful.sum())} of the {len(clean)} clean images lose their label where a piece of another image covers "
-        "a recovered patch: they may be poisoned, and are left out"
+        f"{int(doubtful.sum())} of the {len(clean)} clean images lose their label where a piece of another image covers"
+        " a recovered patch: they may be poisoned, and are left out"
     )
     warnings.warn(UnreliableWarning(text), stacklevel=3)
     return clean.take(~doubtful)
