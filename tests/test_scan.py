@@ -20,6 +20,8 @@ from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 SCANNERS = discover("untrojan.scanners", Scanner)
 QUICK = {
     "neural-cleanse": {"mask_epochs": 2},
