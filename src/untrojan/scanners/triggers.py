@@ -121,9 +121,8 @@ class TriggerScanner(Unlearning, Scanner):
                 advance()
         reaches = look.reaches()
         unlearned = unlearning.diagnose(runs)
-        look.for_changes(
-            [reach.label for reach in reaches[:LEADERS]] + [target.label for target in unlearned.targets[:1]]
-        )
+        suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
+        look.for_changes([label for label in suspects if label in look.labels])
         named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
         triggers = [look.trigger(label) for label in named or look.warped()]
         comparisons = [change.comparison for change in look.changes]
