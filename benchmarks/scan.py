@@ -138,8 +138,9 @@ def page() -> Iterator[str]:
     alarms = Rate.of(sum(result["diagnosis"]["verdict"] == "found" for result in clean), len(clean))
     yield "# The scan on models that are known\n"
     yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time."
-    yield "Searches ran in bfloat16 for the published CIFAR-10 models with 500 and with 10 images; all other records"
-    yield "are older than that, in full precision. Seconds are those of a machine with other work on it.\n"
+    yield "Searches ran in bfloat16 for published models with 500 images and for the one with 10, and warps and recolorings"
+    yield "were compared for those with 500; all other records are older. What decides on `found` is the same in all."
+    yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
         f"Called `found`: {alarms.count} of {alarms.total} (95 % interval {100 * (alarms.low or 0):.0f} to "
