@@ -139,7 +139,7 @@ def page() -> Iterator[str]:
     yield "# The scan on models that are known\n"
     yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time."
     yield "Searches ran in bfloat16 for published models with 500 images and for the one with 10, and warps and"
-    yield "recolorings were compared for those with 500; all other records are older. What decides on `found` is the same."
+    yield "recolorings were compared for those with 500; others are older. `found` means the same."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
