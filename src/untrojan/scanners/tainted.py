@@ -14,6 +14,7 @@ from untrojan.record import Diagnosis
 DRAWS = 4
 JUDGED = 64
 HARMLESS = 0.02
+CHANCE = 0.05
 
 
 def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Tensor:
@@ -30,8 +31,8 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
         seed: Decides which pieces are laid over.
 
     Returns:
-        Bool `(n,)`; no image of a class is told where all that have it would be, nor any of two classes only, of which
-        pieces of the one would hide nothing of that one.
+        Bool `(n,)`; no image of a class is told where all that have it would be, nor a single one or up to a twentieth
+        of them, which may be chance, nor any of two classes only, of which pieces of the one would hide nothing of it.
 
     Example:
         >>> from untrojan.record import Rate, Target, Trigger
@@ -41,13 +42,13 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
         ...         return images[:, 0, 2:5, 4] + backdoor
         >>> images = torch.zeros(9, 1, 8, 8)
         >>> images[torch.arange(9), :, 2 + torch.arange(9) % 3] = 1
-        >>> images[8, :, 0, 0] = 1
-        >>> clean = CleanSet(images, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1]))
+        >>> images[[6, 8], :, 0, 0] = 1
+        >>> clean = CleanSet(images, torch.tensor([0, 1, 2, 0, 1, 2, 1, 1, 1]))
         >>> known = {"what": "a corner", "success": Rate.of(9, 9), "picture": "", "examples": ""}
         >>> corner = Trigger(label=1, kind="patch", places=[[1, 1, 0, 0]], **known)
         >>> found = Diagnosis(verdict="found", rule="", targets=[Target(label=1, score=2)], runs=[], triggers=[corner])
         >>> tainted(Corner(), clean, found, seed=0).nonzero().flatten()
-        tensor([8])
+        tensor([6, 8])
     """
     doubtful = torch.zeros(len(clean), dtype=torch.bool)
     triggers = [trigger for trigger in diagnosis.triggers if trigger.places]
@@ -66,7 +67,7 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
         for place in trigger.places:
             if float(_losses(model, judged, pieces, place, generator).mean()) <= HARMLESS:
                 lost[own] |= _losses(model, clean.take(own), pieces, place, generator) > 0.5
-        if int(lost.sum()) < int(of_label.sum()):
+        if max(1, CHANCE * int(own.sum())) < int(lost.sum()) < int(of_label.sum()):
             doubtful |= lost
     return doubtful
 
