@@ -24,11 +24,12 @@ from population import images_of
 from torch.nn import functional
 
 from untrojan.data import CleanSet
+from untrojan.defenses.auto import Auto
 from untrojan.lab.attack import Attack
 from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
 from untrojan.lab.zoo import CLEAN, MANIFEST, Manifest, Member, Zoo, manifest
 from untrojan.record import RECORD, write_atomic
-from untrojan.registry import discover
+from untrojan.registry import describe, discover
 
 ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml")]
 IMAGES = Path("runs/zoo-images")
@@ -133,7 +134,8 @@ def repaired() -> Iterator[str]:
     cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
     rows = {cell["model"]: cell for cell in cells}
     yield "\n## `auto` on these models\n"
-    yield "Half of the test images were its clean images, and the other half measured the result; one seed.\n"
+    yield "Half of the test images were its clean images, and the other half measured the result; one seed."
+    yield "Models with a star are older than the present settings of `auto`.\n"
     yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
     yield "|---|---|---|---|---|---|---|"
     for name, cell in sorted(rows.items()):
@@ -141,10 +143,11 @@ def repaired() -> Iterator[str]:
         if told is None:
             yield f"| {name} | | | failed to run | | | |"
             continue
+        older = "" if cell["inputs"]["method"]["fields"] == describe(Auto()) else " \\*"
         named = "" if told["suspect"] is None else str(told["suspect"])
         seconds = told["repair_seconds"] + told["scan_seconds"]
         yield (
-            f"| {name} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
+            f"| {name}{older} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
             f"{_three(told['after'])} | {seconds:.0f} |"
         )
 
