@@ -170,7 +170,7 @@ def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
 @pytest.mark.parametrize("local", [True, False])
 def test_a_patch_that_was_recovered_is_met_by_patches(local):
     made = triggers()
-    made.weigh([reached("perturbation", 0.9, 0.1), reached("warp", 0.1, 0.1), reached("recoloring", 0.1, 0.3)], local)
+    made.weigh([reached("perturbation", 0.9, 0.1), reached("warp", 0.1, 0.1), reached("recoloring", 0.9, 0.3)], local)
     assert made.spread != local
 
 

@@ -59,11 +59,11 @@ class Auto(Tuning):
     moving average.
 
     Where the scan recovered a patch, three quarters of the images carry a patch and the others a perturbation of few
-    pixels. Where it recovered anything else or nothing, or where a warp or a recoloring reaches much further into the
-    label than into others, the trigger may be spread over the image. Then a quarter of the images carry a patch and the
-    others a universal perturbation, a warp or a recoloring, most of them of the kind that reaches further into the
-    label than into others. These go on climbing while the model learns, so that it never learns to ignore just one,
-    half of the images have another image or noise laid over them too, and the learning rate falls less.
+    pixels. Where it recovered anything else or nothing, or where a warp reaches much further into the label than into
+    others, the trigger may be spread over the image. Then a quarter of the images carry a patch and the others a
+    universal perturbation, a warp or a recoloring, most of them of the kind that reaches further into the label than
+    into others. These go on climbing while the model learns, so that it never learns to ignore just one, half of the
+    images have another image or noise laid over them too, and the learning rate falls less.
 
     The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
     suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
@@ -223,9 +223,9 @@ class _Triggers:
 
         What sends as many images to some other label is no sign of a backdoor, and to unlearn it costs accuracy.
         """
-        further = torch.tensor([each.further for each in reached])
-        kinds = further.clamp(min=0) + LEAST_SHARE
-        self.spread = not local or bool(further[1:].amax() > FURTHER)
+        further = {each.kind: each.further for each in reached}
+        kinds = torch.tensor([*further.values()]).clamp(min=0) + LEAST_SHARE
+        self.spread = not local or further["warp"] > FURTHER
         self.shares = CHANGED * kinds / kinds.sum()
 
     def climb_anew(self, student: nn.Module, clean: CleanSet, detail: str) -> None:
