@@ -22,7 +22,7 @@ from untrojan.fit import fit
 from untrojan.model import faster
 from untrojan.progress import stage
 from untrojan.record import Comparison, Diagnosis
-from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, compare, of_each_kind, with_others
+from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
 
@@ -128,7 +128,8 @@ class Auto(Tuning):
         local = any(each.label == label and each.kind == "patch" for each in diagnosis.triggers)
         norm = (1 if local else 2) * faint(diagnosis, clean)
         triggers = _Triggers(label, clean.shape, norm, generator)
-        triggers.weigh(_compared(diagnosis, model, clean, label, norm, generator), local)
+        reached = [each for each in diagnosis.comparisons if each.label == label]
+        triggers.weigh(reached or against_others(model, clean, label, norm, generator), local)
         surest: Patches | None = None
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
@@ -188,18 +189,6 @@ class Auto(Tuning):
             clip=CLIP,
             project=lambda: average.update_parameters(student),
         )
-
-
-def _compared(
-    diagnosis: Diagnosis, model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator
-) -> list[Comparison]:
-    """How far each kind of change reaches into the label, from the scan where it says so."""
-    known = [each for each in diagnosis.comparisons if each.label == label]
-    if known:
-        return known
-    labels = with_others([label], clean, generator)
-    changes = compare(model, clean, clean, labels, norm, generator)
-    return [each.comparison for each in changes if each.comparison.label == label]
 
 
 class _Triggers:

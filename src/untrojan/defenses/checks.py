@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
-from untrojan.scanners.changes import compare, with_others
+from untrojan.scanners.changes import against_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
 from untrojan.scanners.triggers import faintest
@@ -134,9 +134,7 @@ def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
         return Check(name=name, passed=False, detail="there is no label to search changes for")
     norm = faint(diagnosis, clean)
     generator = torch.Generator().manual_seed(seed + 2)
-    labels = with_others([label], clean, generator)
-    changes = compare(repaired, clean, clean, labels, norm, generator, "repaired model")
-    found = [each.comparison for each in changes if each.comparison.label == label]
+    found = against_others(repaired, clean, label, norm, generator, "repaired model")
     told = [
         f"a {each.kind} sends {each.share:.0%} to label {label} and {each.elsewhere:.0%} to another" for each in found
     ]

@@ -17,6 +17,7 @@ from untrojan.model import faster, mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.record import ChangeKind, Comparison
+from untrojan.scanners.inversion import Perturbation
 
 AT_ONCE = 8
 BATCH = 64
@@ -121,11 +122,11 @@ class Perturbations(Changes):
 
     def told(self, values: Tensor) -> str:
         """Say its norm."""
-        return f"a perturbation of all pixels with an l2 norm of {float(values.norm()):.2g}"
+        return str(_alone(values))
 
     def picture(self, values: Tensor) -> Tensor:
         """Amplified to the full range around gray."""
-        return 0.5 + values[0] / (2 * values.abs().max().clamp(min=_TINY))
+        return _alone(values).amplified
 
     def _numbers(self) -> tuple[int, ...]:
         return self.shape
@@ -272,7 +273,8 @@ def compare(
         ['perturbation', 'warp', 'recoloring']
     """
     quick = faster(model, shown)
-    best: list[tuple[int, Changes, Tensor, float]] = []
+    best: list[tuple[int, Changes, Tensor]] = []
+    shares: dict[tuple[str, int], float] = {}
     with stage("compare labels", total=len(labels), detail=detail) as advance:
         for label in labels:
             others, judged = (each.take(each.labels != label) for each in (shown, held))
@@ -281,14 +283,48 @@ def compare(
                 for change in changes:
                     change.climb(quick, images, label)
             some = judged.take(torch.randperm(len(judged), generator=generator)[:JUDGED]).floats()
-            best += [(label, change, *change.best(quick, some, label)) for change in changes]
+            for change in changes:
+                values, shares[change.name, label] = change.best(quick, some, label)
+                best.append((label, change, values))
             advance()
-    found = []
-    for label, kind, values, share in best:
-        elsewhere = [rival[3] for rival in best if rival[0] != label and rival[1].name == kind.name]
-        compared = Comparison(label=label, kind=kind.name, share=share, elsewhere=max(elsewhere, default=0.0))
-        found.append(Change(compared, kind, values))
-    return found
+
+    def compared(kind: ChangeKind, label: int) -> Comparison:
+        elsewhere = max((shares[kind, other] for other in labels if other != label), default=0.0)
+        return Comparison(label=label, kind=kind, share=shares[kind, label], elsewhere=elsewhere)
+
+    return [Change(compared(change.name, label), change, values) for label, change, values in best]
+
+
+def against_others(
+    model: nn.Module, clean: CleanSet, label: int, norm: float, generator: torch.Generator, detail: str = ""
+) -> list[Comparison]:
+    """Compare one label with others drawn at random, by the images that are searched on.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images with at least one of another class.
+        label: The label in question.
+        norm: The largest l2 norm of a perturbation, in units of the full pixel range.
+        generator: Decides everything random.
+        detail: Which of several comparisons this is, for progress.
+
+    Returns:
+        How far each kind of change reaches into the label.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        >>> images = CleanSet(torch.rand(30, 1, 8, 8), torch.arange(30) % 3)
+        >>> found = against_others(net, images, 1, 0.5, torch.Generator().manual_seed(0))
+        >>> [each.kind for each in found]
+        ['perturbation', 'warp', 'recoloring']
+    """
+    labels = with_others([label], clean, generator)
+    changes = compare(model, clean, clean, labels, norm, generator, detail)
+    return [each.comparison for each in changes if each.comparison.label == label]
+
+
+def _alone(values: Tensor) -> Perturbation:
+    return Perturbation(values[0], float(values.norm()))
 
 
 def _chessboard(shape: tuple[int, int, int]) -> Tensor:

@@ -40,9 +40,14 @@ class Perturbation(NamedTuple):
         """Add it to images `(N, C, H, W)`, clipped to [0, 1]."""
         return (images + self.values).clamp(0, 1)
 
+    @property
+    def amplified(self) -> Tensor:
+        """The perturbation as an image, amplified to the full range around gray."""
+        return 0.5 + self.values / (2 * self.values.abs().max().clamp(min=1e-9))
+
     def picture(self) -> str:
-        """The perturbation as a PNG in base64, amplified to the full range around gray."""
-        return png(0.5 + self.values / (2 * self.values.abs().max().clamp(min=1e-9)))
+        """The perturbation as a PNG in base64, amplified."""
+        return png(self.amplified)
 
     def success(self, model: nn.Module, clean: CleanSet, label: int) -> float:
         """Share of the images of other classes that get `label` with the perturbation on."""

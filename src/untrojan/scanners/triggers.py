@@ -326,7 +326,7 @@ class _Look:
 
 
 def _stands_out(change: Change) -> bool:
-    """Whether a warp or a recoloring reaches a label as only a backdoor lets it."""
+    """Whether a warp or a recoloring sends most images to a label, and far fewer to others."""
     of = change.comparison
     return of.kind != "perturbation" and of.share >= MOST and of.further >= FURTHER
 
