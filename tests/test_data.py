@@ -277,6 +277,14 @@ class TestTake:
         assert (part.class_names, part.path) == (clean.class_names, clean.path)
         assert clean.take(clean.labels == 1).counts == [0, 4, 0]
 
+    @pytest.mark.parametrize(("count", "got"), [(1, 1), (5, 5), (99, 12)])
+    def test_some_are_drawn_once(self, count, got):
+        clean = CleanSet(torch.rand(12, 1, 2, 2), torch.arange(12))
+        one, other = (clean.some(count, torch.Generator().manual_seed(seed)) for seed in (3, 3))
+        assert len(one) == len(set(one.labels.tolist())) == got
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, clean.images[one.labels])
+
     def test_refuses_nothing(self):
         with pytest.raises(DataError, match="at least one image"):
             CleanSet(*made()).take([])

@@ -207,6 +207,22 @@ class CleanSet:
             raise DataError("expected at least one image to take, got none")
         return CleanSet(self.images[at], self.labels[at], self.class_names, self.path)
 
+    def some(self, count: int, generator: torch.Generator) -> "CleanSet":
+        """Draw `count` of the images without replacement, or all of them in random order where there are fewer.
+
+        Args:
+            count: How many, at least 1.
+            generator: Decides which, and their order.
+
+        Raises:
+            DataError: There is no image to draw.
+
+        Example:
+            >>> len(CleanSet(torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])).some(2, torch.Generator()))
+            2
+        """
+        return self.take(torch.randperm(len(self), generator=generator)[:count])
+
     def floats(self) -> Tensor:
         """Give all images as a new float32 tensor (N, C, H, W) in [0, 1].
 

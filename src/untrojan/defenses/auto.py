@@ -248,7 +248,7 @@ class _Triggers:
         trigger, which the network would fall for again if it were not shown.
         """
         others = clean.take(clean.labels != self.label)
-        shown = others.take(torch.randperm(len(others), generator=self.generator)[:JUDGED]).floats()
+        shown = others.some(JUDGED, self.generator).floats()
         _, pattern = self.patches.patterns.unique(dim=0, return_inverse=True)
         first, *later = self.pinned
         chosen: dict[int, int] = {}

@@ -79,7 +79,7 @@ class BNP(Outliers):
         released = self.variant == "released"
         if released:
             generator = torch.Generator().manual_seed(seed)
-            clean = clean.take(torch.randperm(len(clean), generator=generator)[:RELEASED_BATCH])
+            clean = clean.some(RELEASED_BATCH, generator)
         divergences = {}
         for name, (count, mean, variance) in _moments(model, clean, names).items():
             norm = model.get_submodule(name)

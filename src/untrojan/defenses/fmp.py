@@ -141,7 +141,7 @@ class FMP(Tuning):
         """
         generator = torch.Generator().manual_seed(seed)
         limit = min(self.images, BATCH) if self.variant == "released" else self.images
-        shown = clean.take(torch.randperm(len(clean), generator=generator)[:limit])
+        shown = clean.some(limit, generator)
         model = copy.deepcopy(model).requires_grad_(False)
         widths = {name: len(_weight(model, name)) for name in products(model)[:-1]}
         names = [name for name, width in widths.items() if width >= self.p]

@@ -282,7 +282,7 @@ def compare(
             for images, _ in others.draws(BATCH, STEPS, generator):
                 for change in changes:
                     change.climb(quick, images, label)
-            some = judged.take(torch.randperm(len(judged), generator=generator)[:JUDGED]).floats()
+            some = judged.some(JUDGED, generator).floats()
             for change in changes:
                 values, shares[change.name, label] = change.best(quick, some, label)
                 best.append((label, change, values))

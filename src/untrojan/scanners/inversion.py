@@ -83,7 +83,7 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
     """
     generator = torch.Generator().manual_seed(seed)
     others = clean.take(clean.labels != label)
-    shown = others.take(torch.randperm(len(others), generator=generator)[:IMAGES])
+    shown = others.some(IMAGES, generator)
     found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), faster(model, clean)
     for number in range(ROUNDS):
         found = Perturbation(found.values, FIRST_NORM * GROWTH**number)

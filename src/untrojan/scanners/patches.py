@@ -240,7 +240,7 @@ def pinpoint(
     """
     quick = faster(model, clean)
     others = clean.take(clean.labels != label)
-    shown = others.take(torch.randperm(len(others), generator=generator)[:CLIMB_IMAGES]).floats()
+    shown = others.some(CLIMB_IMAGES, generator).floats()
     draws = BoxDraws(*clean.shape[1:], generator)
     keys, _, mean = _means(patches)
     starts = keys[_two_of_each_pattern(keys, mean)]

@@ -62,7 +62,7 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
         if not own.any() or len(clean.labels[others].unique()) < 2:
             continue
         pieces = clean.take(others)
-        judged = pieces.take(torch.randperm(len(pieces), generator=generator)[:JUDGED])
+        judged = pieces.some(JUDGED, generator)
         lost = torch.zeros(len(clean), dtype=torch.bool)
         for place in trigger.places:
             if float(_losses(model, judged, pieces, place, generator).mean()) <= HARMLESS:
