@@ -1,9 +1,9 @@
 """Every method on models that other people trained and poisoned, with 500 clean images and with one per class.
 
-Every cell (method x checkpoint x setting x seed) is one JSON under `benchmarks/records/methods`, made in a process of
-its own; cells that are there are not run again. The model is scanned once per checkpoint, setting and seed by
-`scan.py`, and every method gets that diagnosis, so seconds are those of the method and its checks alone. Only after the
-repair, in this script, the known trigger measures the result.
+Every cell (method x checkpoint x setting x seed) is one JSON under `benchmarks/records/methods`; cells that are there
+are not run again. They run on a GPU where there is one, and their records say so. The model is scanned once per
+checkpoint, setting and seed by `scan.py`, and every method gets that diagnosis, so seconds are those of the method and
+its checks alone. Only after the repair, in this script, the known trigger measures the result.
 
     python benchmarks/methods.py --jobs 2                # run what is missing, then write benchmarks/methods.md
     python benchmarks/methods.py --methods clp bnp       # fewer
@@ -12,25 +12,26 @@ repair, in this script, the known trigger measures the result.
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import scan
+import torch
 from cases import CASES, SHARED, Case, measure, test_set, triple
 
 import untrojan
 from untrojan.defenses.defense import Defense
+from untrojan.device import chosen
 from untrojan.lab.attack import Attack
 from untrojan.lab.victim import poison
-from untrojan.record import Diagnosis, peak_memory, write_atomic
+from untrojan.record import Diagnosis, forget_peak_memory, write_atomic
 from untrojan.registry import discover, make, parse
 from untrojan.sources.files import Checkpoint
 
@@ -76,20 +77,21 @@ def run(cell: Cell) -> None:
     """Repair one checkpoint with clean images alone, then measure the result with the known trigger."""
     case = CASES[cell.case]
     source = Checkpoint.read(SHARED / "checkpoints" / case.file)
-    model = untrojan.load(source, case.net)
+    model = untrojan.load(source, case.net).to(chosen())
     setting = SETTINGS[cell.setting]
-    clean = untrojan.CleanSet.load(SHARED / "data" / case.train, **setting.draw, seed=cell.seed)
+    clean = drawn(cell)
     if setting.poisoned:
         attack = parse(case.attack, "untrojan.lab.attacks", Attack)
         clean = poison(clean, attack, case.target, setting.poisoned, cell.seed)
         diagnosis = untrojan.scan(model, clean, seed=cell.seed).diagnosis
     else:
-        diagnosis = diagnose(cell, len(clean))
+        diagnosis = diagnose(cell)
     one_shot = getattr(METHODS[cell.method], "one_shot", None) if cell.setting == "one-shot" else None
     method = one_shot() if one_shot else make(METHODS[cell.method], {})
+    forget_peak_memory()
     start = time.perf_counter()
     repair = method.repair(model, clean, diagnosis, cell.seed, source)
-    seconds, memory = time.perf_counter() - start, peak_memory()
+    seconds = time.perf_counter() - start
     record = json.loads(repair.record.to_json())
     for long in ("layers", "diagnosis"):
         del record[long]
@@ -100,18 +102,27 @@ def run(cell: Cell) -> None:
         "before": measure(model, test, case),
         "after": measure(repair.model, test, case),
         "seconds": seconds,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": repair.record.peak_memory_bytes,
     }
     write(cell.path, result)
-    print(*cell, record["status"], *(f"{100 * value:.1f}" for value in result["after"].values()), f"{seconds:.0f} s")
+    told = [record["status"], *(f"{100 * value:.1f}" for value in result["after"].values()), f"{seconds:.0f} s"]
+    print(*cell, *told, flush=True)
 
 
-def diagnose(cell: Cell, images: int) -> Diagnosis:
-    """What the scan says of the same images, from the records of `scan.py`."""
-    wanted = scan.Cell(cell.case, images, cell.seed, cell.threads)
-    if not wanted.path.exists():
-        scan.run(wanted)
-    return Diagnosis.model_validate(scan.complete(json.loads(wanted.path.read_text())["diagnosis"]))
+def drawn(cell: Cell) -> untrojan.CleanSet:
+    """The clean images of a cell, before any of them is poisoned."""
+    source = SHARED / "data" / CASES[cell.case].train
+    return untrojan.CleanSet.load(source, **SETTINGS[cell.setting].draw, seed=cell.seed)
+
+
+def scan_of(cell: Cell) -> scan.Cell:
+    """The scan with as many clean images, which every method starts from."""
+    return scan.Cell(cell.case, len(drawn(cell)), cell.seed, cell.threads)
+
+
+def diagnose(cell: Cell) -> Diagnosis:
+    """What that scan says."""
+    return Diagnosis.model_validate(scan.complete(json.loads(scan_of(cell).path.read_text())["diagnosis"]))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -119,13 +130,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def in_a_process(cell: Cell) -> None:
-    """Run a cell in a process of its own; a cell that fails is told and left out."""
-    command = [sys.executable, __file__, "--cell", *map(str, cell)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": str(cell.threads)}, capture_output=True, text=True
-    )
-    print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
+def begin(threads: int) -> None:
+    """Prepare a worker."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", untrojan.UntrojanWarning)
+
+
+def run_or_tell(cell: Cell | scan.Cell) -> None:
+    """Run a cell or a scan; one that fails is told and left out."""
+    try:
+        run(cell) if isinstance(cell, Cell) else scan.run(cell)
+    except Exception:
+        print(*cell, traceback.format_exc()[-600:], flush=True)
 
 
 def table(setting: str) -> Iterator[str]:
@@ -239,15 +255,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread of the CPU")
     parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", untrojan.UntrojanWarning)
-    if asked.cell:
-        method, case, setting, seed, threads = asked.cell
-        run(Cell(method, case, setting, int(seed), int(threads)))
-        return
     cells = [
         Cell(method, case, setting, seed)
         for seed in asked.seeds
@@ -257,8 +267,13 @@ def main() -> None:
         for case in asked.cases
     ]
     wanted = ALONE if asked.alone else cells
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(in_a_process, [cell for cell in wanted if not cell.path.exists()]))
+    missing = [cell for cell in wanted if not cell.path.exists()]
+    scans = dict.fromkeys(scan_of(cell) for cell in missing if not SETTINGS[cell.setting].poisoned)
+    threads = 2 if asked.alone else 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with multiprocessing.get_context("spawn").Pool(asked.jobs, begin, [threads]) as pool:
+        pool.map(run_or_tell, [each for each in scans if not each.path.exists()], chunksize=1)
+        pool.map(run_or_tell, missing, chunksize=1)
     write_atomic(Path("benchmarks/methods.md"), page().encode())
 
 

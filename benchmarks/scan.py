@@ -29,6 +29,7 @@ from torch import nn
 
 import untrojan
 from untrojan.data import CleanSet
+from untrojan.device import chosen
 from untrojan.record import Diagnosis, Rate, write_atomic
 from untrojan.sources.files import Checkpoint
 
@@ -84,7 +85,7 @@ def inputs(cell: Cell) -> tuple[nn.Module, CleanSet]:
     checkpoint, net, train = REPAIRED + ".tar", "wrn-16-1:classes=10", "cifar10/train-lossless.parquet"
     if cell.model in CASES:
         checkpoint, net, train = CASES[cell.model].file, CASES[cell.model].net, CASES[cell.model].train
-    model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / checkpoint), net)
+    model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / checkpoint), net).to(chosen())
     return model, CleanSet.load(SHARED / "data" / train, samples=cell.images, seed=cell.seed)
 
 

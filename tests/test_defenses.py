@@ -9,28 +9,19 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import CLASSES, Counts, RaisesAt, Snapshot, build, make_clean, train
+from tiny import CLASSES, DEFENSES, GIVEN, QUICK, Counts, RaisesAt, Snapshot, build, make_clean, train
 
 import untrojan
 from untrojan.defenses.defense import Defense, Outcome
-from untrojan.defenses.pruning import Pruning
 from untrojan.defenses.rnp import RNP
 from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.model import correct, logits
-from untrojan.record import Diagnosis, Record, Target
-from untrojan.registry import describe, discover, fields, make
+from untrojan.record import Record
+from untrojan.registry import describe, make
 from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 
-DEFENSES = discover("untrojan.defenses", Defense)
-FEW = ("epochs", "rounds", "iterations", "steps")
-QUICK = {
-    name: {field.name: 2 for field in fields(cls) if field.name.endswith(FEW)}
-    | ({"select": "count", "count": 2} if issubclass(cls, Pruning) else {})
-    for name, cls in DEFENSES.items()
-}
-GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 FILES = {"repaired.safetensors", "changes.safetensors", "report.html", "record.json"}
 
 NO_STATISTICS = "BNP compares clean images with BatchNorm running statistics, and the network has none"

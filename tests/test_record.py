@@ -200,7 +200,7 @@ def test_write_atomic_onto_a_folder(tmp_path):
 
 
 def test_surroundings():
-    assert set(environment()) == {"untrojan", "python", "torch", "platform", "threads"}
+    assert set(environment()) == {"untrojan", "python", "torch", "platform", "threads", "device"}
     assert all(environment().values())
     assert peak_memory() > 10**7
     assert sha256(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

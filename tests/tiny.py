@@ -1,4 +1,4 @@
-"""Tiny networks by name, and images that they can learn."""
+"""Tiny networks by name, images that they can learn, and methods that take few steps."""
 
 import copy
 import random
@@ -10,7 +10,20 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.defenses.defense import Defense
+from untrojan.defenses.pruning import Pruning
+from untrojan.record import Diagnosis, Target
+from untrojan.registry import discover, fields
 from untrojan.sources import nets
+
+DEFENSES = discover("untrojan.defenses", Defense)
+FEW = ("epochs", "rounds", "iterations", "steps")
+QUICK = {
+    name: {field.name: 2 for field in fields(cls) if field.name.endswith(FEW)}
+    | ({"select": "count", "count": 2} if issubclass(cls, Pruning) else {})
+    for name, cls in DEFENSES.items()
+}
+GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
 CLASSES = 4
 SHAPE = (3, 8, 8)

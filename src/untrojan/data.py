@@ -36,7 +36,8 @@ class CleanSet:
     """Clean images with their labels, checked once and never changed.
 
     Images are copied and kept as uint8 when all of them sit on the 8-bit grid (multiples of 1/255), else as
-    float32. Whatever is kept, :meth:`batches` and :meth:`floats` serve float32 in [0, 1].
+    float32. Whatever is kept, :meth:`batches` and :meth:`floats` serve float32 in [0, 1]. They stay on the device that
+    they are on; labels come to the same.
 
     Args:
         images: Images (N, C, H, W): uint8, or floating point in [0, 1]. N may be 0 for methods that need no data.
@@ -61,7 +62,7 @@ class CleanSet:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        images, labels = _checked_images(self.images), _checked_labels(self.labels)
+        images, labels = _checked_images(self.images), _checked_labels(self.labels, self.images.device)
         if len(labels) != len(images):
             raise DataError(f"expected one label per image, got {len(images)} images, {len(labels)} labels")
         object.__setattr__(self, "images", images)
@@ -183,9 +184,20 @@ class CleanSet:
     def sha256(self) -> str:
         """Hash of the type, shape and content of images and labels, as lower-case hex."""
         digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
-        digest.update(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
+        digest.update(self.images.cpu().numpy().data)
+        digest.update(self.labels.cpu().numpy().data)
         return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> "CleanSet":
+        """Give the images on a device; the same object where they are there.
+
+        Example:
+            >>> CleanSet(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).to("cpu").images.device
+            device(type='cpu')
+        """
+        if self.images.device == torch.device(device):
+            return self
+        return CleanSet(self.images.to(device), self.labels, self.class_names, self.path)
 
     def take(self, indices: Numbers | Sequence[int]) -> "CleanSet":
         """Give the images at `indices`, in that order.
@@ -201,7 +213,7 @@ class CleanSet:
             >>> CleanSet(torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])).take([2, 0]).labels
             tensor([2, 0])
         """
-        at = torch.as_tensor(indices)
+        at = torch.as_tensor(indices, device=self.images.device)
         at = at if at.dtype == torch.bool else at.long()
         if not at.sum() if at.dtype == torch.bool else not len(at):
             raise DataError("expected at least one image to take, got none")
@@ -221,7 +233,7 @@ class CleanSet:
             >>> len(CleanSet(torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])).some(2, torch.Generator()))
             2
         """
-        return self.take(torch.randperm(len(self), generator=generator)[:count])
+        return self.take(torch.randperm(len(self), generator=generator, device=generator.device)[:count])
 
     def floats(self) -> Tensor:
         """Give all images as a new float32 tensor (N, C, H, W) in [0, 1].
@@ -257,7 +269,7 @@ class CleanSet:
                 raise ConfigError("augmentation draws random numbers; give batches a generator")
             order = torch.arange(len(self))
         else:
-            order = torch.randperm(len(self), generator=generator)
+            order = torch.randperm(len(self), generator=generator, device=generator.device)
         return self._serve(order.split(size), generator, augment)
 
     def _serve(
@@ -285,7 +297,8 @@ class CleanSet:
             >>> [len(labels) for _, labels in clean.draws(8, 2, torch.Generator())]
             [8, 8]
         """
-        parts = [torch.randint(len(self), (size,), generator=generator) for _ in range(count)]
+        device = generator.device
+        parts = [torch.randint(len(self), (size,), generator=generator, device=device) for _ in range(count)]
         return self._serve(parts, generator, augment)
 
     def split(self, fraction: float, seed: int) -> tuple["CleanSet", "CleanSet"]:
@@ -466,7 +479,7 @@ def _ranks(labels: Tensor, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     A rank depends on the order of the images within their class alone, so that the same images in a file
     sorted by class and in a mixed one get the same ranks.
     """
-    _, classes, counts = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
+    _, classes, counts = np.unique(labels.cpu().numpy(), return_inverse=True, return_counts=True)
     turn = rng.permutation(len(counts))[classes]
     rank = np.empty(len(classes), dtype=np.int64)
     for members in np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1]):
@@ -486,7 +499,7 @@ def _as_floats(images: Tensor) -> Tensor:
 def _checked_images(images: Tensor) -> Tensor:
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise DataError(f"expected images as (N, C, H, W), got shape {tuple(images.shape)}")
-    images = images.detach().to("cpu")
+    images = images.detach()
     if images.dtype == torch.uint8:
         return images.clone(memory_format=torch.contiguous_format)
     if not images.is_floating_point():
@@ -508,7 +521,7 @@ def _checked_images(images: Tensor) -> Tensor:
 
 
 def _on_grid(images: Tensor) -> Tensor:
-    grid = torch.empty(images.shape, dtype=torch.uint8)
+    grid = torch.empty_like(images, dtype=torch.uint8, memory_format=torch.contiguous_format)
     for part, out in zip(images.split(_IMAGES_AT_A_TIME), grid.split(_IMAGES_AT_A_TIME), strict=True):
         scaled = part.clamp(0, 1) * 255
         rounded = scaled.round()
@@ -518,12 +531,12 @@ def _on_grid(images: Tensor) -> Tensor:
     return grid
 
 
-def _checked_labels(labels: Tensor) -> Tensor:
+def _checked_labels(labels: Tensor, device: torch.device | str = "cpu") -> Tensor:
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise DataError(f"expected labels as whole numbers, got {labels.dtype}")
     if labels.ndim != 1:
         raise DataError(f"expected labels as (N,), got shape {tuple(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64, copy=True)
+    labels = labels.detach().to(device, torch.int64, copy=True)
     if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
         raise DataError(
             f"expected labels from 0 to {_MAX_CLASSES - 1:,}, got {int(labels.min())} to {int(labels.max())}"
@@ -589,13 +602,17 @@ def _image_and_label(item: Any, name: str) -> tuple[np.ndarray, int]:
     )
 
 
+def _first(clean: CleanSet) -> np.ndarray:
+    return _as_floats(clean.images[0]).cpu().numpy()
+
+
 def _join(parts: Iterable[tuple[str, CleanSet]]) -> CleanSet:
     named = list(parts)
     if not named:
         raise DataError("expected at least one image, got none")
     first, reference = named[0]
     for name, part in named:
-        check_alike(first, _as_floats(reference.images[0]).numpy(), name, _as_floats(part.images[0]).numpy())
+        check_alike(first, _first(reference), name, _first(part))
     packed = all(part.images.dtype == torch.uint8 for _, part in named)
     images = torch.cat([part.images if packed else part.floats() for _, part in named])
     return CleanSet(images, torch.cat([part.labels for _, part in named]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from untrojan.data import CleanSet
+from untrojan.device import device_of
 from untrojan.errors import ConfigError, DataError, ModelError, UntrojanError
 
 _ALIKE = 0.1
@@ -108,7 +109,7 @@ def seeded(seed: int) -> Iterator[None]:
     if seed < 0:
         raise ConfigError(f"expected a seed of at least 0, got {seed}")
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
@@ -131,7 +132,8 @@ def random_state() -> dict[str, Any]:
     """
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     numpy_state = [kind, torch.from_numpy(np.array(keys, np.int64)), *rest]
-    return {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
+    state = {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -139,6 +141,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     version, internal, gauss = state["python"]
     torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     random.setstate((version, tuple(internal), gauss))
 
@@ -205,8 +209,8 @@ def correct(model: nn.Module, clean: CleanSet) -> Tensor:
 def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
     """Give the same network, sharing its weights, for searches and training that bear rounding to eight bits.
 
-    Where the processor multiplies bfloat16 natively, it runs in that type and with the channels last, which takes half
-    the time or less. What is measured in the end is measured on the network itself.
+    Where processor or GPU multiplies bfloat16 natively, it runs in that type and with the channels last, which takes
+    half the time or less. What is measured in the end is measured on the network itself.
 
     Args:
         model: The network.
@@ -219,7 +223,7 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
         >>> (faster(net, clean)(clean.floats()) - net(clean.floats())).abs().max() < 0.1
         tensor(True)
     """
-    if isinstance(model, _Bfloat16) or not _multiplies_bfloat16():
+    if isinstance(model, _Bfloat16) or not _multiplies_bfloat16(device_of(model).type):
         return model
     quick = _Bfloat16(model)
     few = clean.take(range(min(2, len(clean)))).floats()
@@ -239,12 +243,14 @@ class _Bfloat16(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
             return self.model(images.contiguous(memory_format=torch.channels_last)).float()
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def _multiplies_bfloat16(device: str) -> bool:
+    if device != "cpu":
+        return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -301,7 +307,7 @@ def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
     problems = [Problem(ModelError, f"weights hold NaN or infinity: {', '.join(bad)}")] if bad else []
     if len(clean) < 2:
         problems.append(Problem(DataError, "expected at least 2 clean images, to fit and to hold out, got 1"))
-    few = clean.take(range(min(2, len(clean))))
+    few = clean.take(range(min(2, len(clean)))).to(device_of(model))
     try:
         with mode(model, training=False), torch.no_grad():
             out = model(few.floats())

@@ -23,7 +23,7 @@ def png(image: Tensor, opacity: Tensor | None = None) -> str:
     planes = image if len(image) == 3 else image[:1]
     if opacity is not None:
         planes = torch.cat([_bytes(planes).expand(3, -1, -1), _bytes(opacity)])
-    pixels = _bytes(planes).movedim(0, -1).contiguous().numpy()
+    pixels = _bytes(planes).movedim(0, -1).contiguous().cpu().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

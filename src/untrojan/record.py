@@ -17,11 +17,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from untrojan.errors import ConfigError, RecordError
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 RECORD, REPORT, SARIF = "record.json", "report.html", "findings.sarif"
@@ -468,8 +471,8 @@ def _move(made: Path, folder: Path) -> None:
         file.replace(folder / file.name)
 
 
-def environment() -> dict[str, str]:
-    """Versions and hardware that a result may depend on."""
+def environment(device: "torch.device | None" = None) -> dict[str, str]:
+    """Versions and hardware that a result may depend on; without a device, of the CPU."""
     import torch
 
     from untrojan import __version__
@@ -480,21 +483,30 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device or "cpu"),
     }
 
 
 def forget_peak_memory() -> None:
     """Let :func:`peak_memory` count from now on; where that is not Linux, it still counts from the start."""
+    import torch
+
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes.
+def peak_memory(device: "torch.device | None" = None) -> int:
+    """Largest resident size of this process so far, in bytes; on a GPU, the most memory of it that torch has held.
 
     On Linux the resource usage of a process begins with the size of the one that started it, so the kernel's own
     account of this process is read there.
     """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):

@@ -13,6 +13,7 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.data import CleanSet
+from untrojan.device import chosen
 from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.evaluate import Scores
@@ -36,6 +37,7 @@ def evaluate(
     net: str,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    device: str,
     test: str,
     samples: int | None,
     samples_per_class: int | None,
@@ -51,10 +53,11 @@ def evaluate(
         raise ConfigError("expected --attack and --target together, got only one of them")
     if before and known is None:
         raise ConfigError("--before rates a defense against an attack (DER); give --attack and --target with it")
+    place = chosen(device)
     with working(quiet):
         images = load_images(test, samples, samples_per_class)
-        earlier = measure(_open(before, net, mean, std, images), images, known, target) if before else None
-        scores = measure(_open(model, net, mean, std, images), images, known, target, earlier)
+        earlier = measure(_open(before, net, mean, std, images).to(place), images, known, target) if before else None
+        scores = measure(_open(model, net, mean, std, images).to(place), images, known, target, earlier)
     click.echo(scores.model_dump_json(indent=2) if as_json else table(scores))
     return 0
 

@@ -15,6 +15,7 @@ import click
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.device import AUTO, chosen
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
 from untrojan.record import RunRecord, require_free
@@ -159,9 +160,17 @@ def as_called(record: R, ctx: click.Context) -> R:
     )
 
 
+def device_option(command: Command) -> Command:
+    """Add `--device`, which :func:`untrojan.device.chosen` takes."""
+    return click.option(
+        "--device", default=AUTO, show_default=True, help="Such as cpu or cuda:1; auto takes a GPU where there is one."
+    )(command)
+
+
 def net_options(command: Command) -> Command:
-    """Add what is needed to open a model: the file, the architecture, and normalization."""
+    """Add what is needed to open a model: the file, the architecture, normalization, and the device."""
     for option in (
+        device_option,
         click.option("--std", type=Numbers(), metavar="S,S,S", help="Deviation per channel; comes with --mean."),
         click.option(
             "--mean",
@@ -305,7 +314,8 @@ def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:
     """Read what every run on a model needs: the network, the clean images, and the file the network came from."""
     given = ctx.params
     source = Checkpoint.read(given["model"])
-    network = load(source, given["net"], given["mean"], given["std"])
+    device = chosen(given["device"])
+    network = load(source, given["net"], given["mean"], given["std"]).to(device)
     return network, load_images(given["clean"], given["samples"], given["samples_per_class"], given["seed"]), source
 
 

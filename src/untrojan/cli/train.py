@@ -10,6 +10,7 @@ from untrojan.cli import printable
 from untrojan.cli.evaluate import table
 from untrojan.cli.options import (
     attack_options,
+    device_option,
     json_option,
     load_images,
     made_of,
@@ -19,6 +20,7 @@ from untrojan.cli.options import (
     seed_option,
     working,
 )
+from untrojan.device import chosen
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, checkpoint_of, make_victim
@@ -36,6 +38,7 @@ EXIT_CODES = {"trained": 0, "backdoored": 0, "attack_did_not_take": 2}
 @click.option("--test", metavar="DATA", help="Test images; left out, a fifth of the data is held out.")
 @attack_options
 @click.option("--rate", type=float, metavar="R", help="Poisoning rate in [0, 1]; left out, the published one.")
+@device_option
 @seed_option("Decides initial weights, poisoned images, and order.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into.")
 @click.option("--resume", is_flag=True, help="Go on where this training was interrupted, if it was.")
@@ -51,6 +54,7 @@ def train(
     attack: str | None,
     target: Target | None,
     rate: float | None,
+    device: str,
     seed: int,
     out: Path,
     resume: bool,
@@ -70,12 +74,13 @@ def train(
     recipe = made_of(Recipe, ctx.params)
     known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
     require_output(out, force)
+    place = chosen(device)
     interrupted = _checkpoint(out, resume, force)
     with working(quiet):
         images = load_images(data, None, None)
         judge = load_images(test, None, None) if test else None
         with seeded(seed):
-            network = build(net)
+            network = build(net).to(place)
         victim = make_victim(
             network,
             images,

@@ -14,6 +14,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
 from untrojan.defenses.tuning import AUGMENTATIONS
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.mask import Mask
 
@@ -94,7 +95,7 @@ class ANP(Pruning):
 
     def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
         """Score every neuron by the mask that adversarial perturbations leave it."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         torch.manual_seed(seed)
         frozen = copy.deepcopy(model).train().requires_grad_(False)
         mask = Mask.ones(frozen, "neuron")

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from untrojan.data import CleanSet, crop_flip
 from untrojan.defenses.checks import faint, reachable
 from untrojan.defenses.tuning import Tuning
+from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.model import faster
@@ -121,7 +122,7 @@ class Auto(Tuning):
         if label is None:
             warnings.warn(UnreliableWarning("there is no label to search triggers for"), stacklevel=2)
             return model
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         teacher, student = faster(teacher, clean), faster(model, clean)

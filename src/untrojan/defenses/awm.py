@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet, crop_flip
 from untrojan.defenses.tuning import AUGMENTATIONS, Tuning
+from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
 from untrojan.fit import fit
 from untrojan.mask import Mask
@@ -116,7 +117,7 @@ class AWM(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Learn soft masks in evaluation mode and multiply them into the weights."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         model.eval().requires_grad_(False)
         clean = self._with_copies(clean, generator)
         steps = self._steps(len(clean))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.outliers import Outliers
+from untrojan.device import new_generator
 from untrojan.errors import ModelError
 from untrojan.mask import Mask, norm_after, norms
 from untrojan.model import mode, tapped
@@ -78,7 +79,7 @@ class BNP(Outliers):
     def _divergences(self, model: nn.Module, clean: CleanSet, seed: int, names: list[str]) -> dict[str, Tensor]:
         released = self.variant == "released"
         if released:
-            generator = torch.Generator().manual_seed(seed)
+            generator = new_generator(seed)
             clean = clean.some(RELEASED_BATCH, generator)
         divergences = {}
         for name, (count, mean, variance) in _moments(model, clean, names).items():

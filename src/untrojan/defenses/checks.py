@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.changes import against_others
@@ -97,7 +97,7 @@ def _perturbations(
     yield "l1", universal(model, clean, label, seed)
     norm = diagnosis.spread_over(label)
     if norm is not None:
-        yield "l2", bounded(model, clean, label, norm, torch.Generator().manual_seed(seed), "l2")
+        yield "l2", bounded(model, clean, label, norm, new_generator(seed), "l2")
 
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
@@ -106,7 +106,7 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
     label = reachable(diagnosis, clean)
     if label is None:
         return Check(name=name, passed=False, detail="there is no label to recover patches for")
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = new_generator(seed + 1)
     found = search(model, clean, label, generator)
     patch = smallest(model, clean, label, found)
     now = patch.success_on(repaired, clean, label)
@@ -133,7 +133,7 @@ def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
     if label is None:
         return Check(name=name, passed=False, detail="there is no label to search changes for")
     norm = faint(diagnosis, clean)
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = new_generator(seed + 2)
     found = against_others(repaired, clean, label, norm, generator, "repaired model")
     told = [
         f"a {each.kind} sends {each.share:.0%} to label {label} and {each.elsewhere:.0%} to another" for each in found

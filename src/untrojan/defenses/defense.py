@@ -21,6 +21,7 @@ from untrojan.defenses.checks import (
     resists_patches,
     resists_perturbation,
 )
+from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
@@ -169,7 +170,9 @@ class Defense(ABC):
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
         """
-        with collected() as caught, timing() as seconds, seeded(seed):
+        device = device_of(model)
+        clean = clean.to(device)
+        with collected() as caught, timing() as seconds, running_on(device), seeded(seed):
             if len(clean) or not self.data_free:
                 require(copy.deepcopy(model), clean)
             diagnosis = diagnosis or _look(model, clean, seed)
@@ -207,8 +210,8 @@ class Defense(ABC):
             layers=_layers(outcome.mask, outcome.kept),
             repaired=model_info(outcome.model, child, classes, None),
             seconds=seconds,
-            peak_memory_bytes=peak_memory(),
-            environment=environment(),
+            peak_memory_bytes=peak_memory(device),
+            environment=environment(device),
             warnings=[str(warning.message) for warning in caught],
         )
         return Repair(outcome.model, record, parent, child)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, boldest, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.errors import ModelError
 from untrojan.mask import Mask, products
 from untrojan.model import mode, tapped
@@ -88,7 +89,7 @@ class FinePruning(Tuning):
         weight, keep = pruned.get_parameter(f"{head}.weight"), kept.values[f"{head}.weight"]
         sgd_cosine(
             pruned.train(),
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             lr=self.lr,
             epochs=self.epochs,
             weight_decay=self.weight_decay,

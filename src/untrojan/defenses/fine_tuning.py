@@ -3,13 +3,13 @@
 from functools import partial
 from typing import ClassVar
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.record import Diagnosis
 
 
@@ -55,6 +55,6 @@ class FineTuning(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Train a copy in training mode."""
-        batches = partial(self.batches, clean, torch.Generator().manual_seed(seed))
+        batches = partial(self.batches, clean, new_generator(seed))
         sgd_cosine(model.train(), batches, lr=self.lr, epochs=self.epochs, weight_decay=self.weight_decay)
         return model

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import norm_after, products
 from untrojan.model import mode, tapped
@@ -121,7 +122,7 @@ class FMP(Tuning):
         """Prune the lowest maps of each layer and train all weights in training mode."""
         silence = self._silencer(model, clean, seed)
         silence()
-        batches = partial(self.batches, clean, torch.Generator().manual_seed(seed))
+        batches = partial(self.batches, clean, new_generator(seed))
         project = None if self.variant == "released" else silence
         sgd_cosine(model.train(), batches, lr=self.lr, epochs=self.epochs, last_lr=min(self.lr, 1e-4), project=project)
         return model
@@ -139,7 +140,7 @@ class FMP(Tuning):
         Returns:
             Rankings by layer name; layers whose output is not seen, or does not depend on the image, are missing.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         limit = min(self.images, BATCH) if self.variant == "released" else self.images
         shown = clean.some(limit, generator)
         model = copy.deepcopy(model).requires_grad_(False)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, gradients, moved, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.record import Diagnosis
 
 _TINY = 1e-12
@@ -88,7 +89,7 @@ class FTSAM(Tuning):
 
         sgd_cosine(
             model,
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             lr=self.lr,
             epochs=self.epochs,
             weight_decay=self.weight_decay,

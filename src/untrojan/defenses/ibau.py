@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import within
 from untrojan.defenses.tuning import Tuning
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.model import correct
 from untrojan.record import Diagnosis
@@ -96,7 +97,7 @@ class IBAU(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Alternate the two problems and keep the round that the rule chooses."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         adam = torch.optim.Adam(model.eval().parameters(), lr=self.lr)
         before = float(correct(model, held).double().mean()) if self.variant == "fixed" else 0.0
         kept: nn.Module | None = None

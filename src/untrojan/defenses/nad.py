@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning
+from untrojan.device import new_generator
 from untrojan.errors import ModelError
 from untrojan.fit import Step, fit
 from untrojan.mask import products
@@ -119,7 +120,7 @@ class NAD(Tuning):
         fit(
             list(model.parameters()),
             step,
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             partial(torch.optim.SGD, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True),
             epochs,
             name=name,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.model import logits
 from untrojan.record import Diagnosis
@@ -87,7 +88,7 @@ class NeuralCleanse(Tuning):
         if trigger.success < ENOUGH:
             text = f"the patch of label {trigger.label} reaches {trigger.success:.0%} of the images, not {ENOUGH:.0%}"
             warnings.warn(UnreliableWarning(text), stacklevel=2)
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         sgd_cosine(
             model.train(),
             lambda: self._with_patch(clean, trigger, generator),

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import AUGMENTATIONS, Tuning
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
@@ -81,7 +82,7 @@ class NFT(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Learn the masks in training mode, the weights frozen, and fold them in."""
         model.train().requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         mask = Mask.ones(model, "neuron")
         multipliers = list(mask.values.values())
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import products
 from untrojan.model import call_with, tapped
@@ -115,7 +116,7 @@ class NPD(Tuning):
         train = partial(
             sgd_cosine,
             model,
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             weight_decay=self.weight_decay,
             parameters=[polarizer],
         )

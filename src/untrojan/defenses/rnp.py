@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Check, UnlearningRun
@@ -114,7 +115,7 @@ class RNP(Unlearning, Pruning):
         return Learned(self._recover(unlearned, clean, seed, detail), run)
 
     def _recover(self, unlearned: nn.Module, clean: CleanSet, seed: int, detail: str) -> Mask:
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         unlearned = unlearned.train().requires_grad_(False)
         mask = Mask.ones(unlearned, "neuron")
         masked = list(mask.values.values())

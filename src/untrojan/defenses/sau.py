@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.record import Diagnosis
 
@@ -90,7 +91,7 @@ class SAU(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Train a copy in evaluation mode."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         frozen = copy.deepcopy(model.eval()).requires_grad_(False)
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, boldest, gradients, moved
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
@@ -122,7 +123,7 @@ class TSBD(Tuning):
         done = fit(
             list(unlearned.parameters()),
             step,
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             partial(torch.optim.SGD, lr=self.unlearn_lr, momentum=0.9),
             self.unlearn_epochs,
             name="unlearn",
@@ -147,7 +148,7 @@ class TSBD(Tuning):
         fit(
             weights,
             step,
-            partial(self.batches, clean, torch.Generator().manual_seed(seed)),
+            partial(self.batches, clean, new_generator(seed)),
             partial(torch.optim.SGD, lr=self.lr, momentum=0.9),
             self.epochs,
             name="fine-tune",

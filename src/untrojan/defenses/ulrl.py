@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
+from untrojan.device import new_generator
 from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import logits
@@ -95,7 +96,7 @@ class ULRL(Unlearning, Tuning):
         if not rows:
             text = f"no row of {head} moved more than {self.z:g} robust deviations; nothing is reset, only fine-tuned"
             warnings.warn(UnreliableWarning(text), stacklevel=2)
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         weight = model.get_parameter(f"{head}.weight")
         old = weight.detach()[rows].flatten(1)
         self._reset(model, head, rows, generator)

@@ -203,7 +203,7 @@ def read_image(path: Path) -> Tensor:
             values = pixels(image, str(path))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"expected an image in {path}, got a file that cannot be read as one: {error}") from error
-    return torch.from_numpy(values.astype(np.float32)) / 255
+    return torch.as_tensor(values.astype(np.float32)) / 255
 
 
 def _require_images(images: Tensor, what: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.model import logits
@@ -96,9 +97,12 @@ def evaluate(
     if before is not None:
         _require_same(before, info, target, images_set.sha256)
 
+    device = device_of(model)
+    images_set = images_set.to(device)
     labels = images_set.labels
     passes = 1 if attack is None else 2
-    with stage("evaluate", total=passes * math.ceil(len(images_set) / max(batch_size, 1))) as advance:
+    batches = math.ceil(len(images_set) / max(batch_size, 1))
+    with running_on(device), stage("evaluate", total=passes * batches) as advance:
         out = logits(_Watched(model, None, advance), images_set, batch_size)
         classes = _count_classes(out, labels)
         said = out.argmax(1)

@@ -40,7 +40,7 @@ def uniform(shape: tuple[int, ...], seed: int) -> Tensor:
         >>> uniform((2,), seed=0).tolist() == uniform((2, 1), seed=0).flatten().tolist()
         True
     """
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, dtype=np.float32))
+    return torch.as_tensor(np.random.default_rng(seed).random(shape, dtype=np.float32))
 
 
 def of_norm(pattern: Tensor, norm: float) -> Tensor:

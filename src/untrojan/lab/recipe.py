@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import Augment, CleanSet, crop, crop_flip
+from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack, Target, target_labels
@@ -183,7 +184,9 @@ def make_victim(
     images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
     require(net, images)
     _require_attack(attack, target, rate, judge, images.num_classes)
-    with collected() as warned:
+    device = device_of(net)
+    with collected() as warned, running_on(device):
+        images, judge = images.to(device), judge.to(device)
         shown, online = _planted(images, attack, target, rate, seed)
         attack = online.attack if online else attack
         told = {
@@ -196,7 +199,7 @@ def make_victim(
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
-    learned = _learned(attack, images.shape[0])
+        learned = _learned(attack, images.shape[0])
     with torch.no_grad():
         classes = model(images.take([0]).floats()).shape[1]
     record = VictimRecord(
@@ -211,8 +214,8 @@ def make_victim(
         scores=scores,
         model=model_info(model, tensors_of(model), classes, None),
         attack_sha256=state_sha256(learned) if learned else None,
-        peak_memory_bytes=peak_memory(),
-        environment=environment(),
+        peak_memory_bytes=peak_memory(device),
+        environment=environment(device),
         warnings=[str(warning.message) for warning in warned],
     )
     return Victim(model, record, attack, checkpoint)

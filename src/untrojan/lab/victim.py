@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
 from untrojan.data import Augment, CleanSet, size_without_single
+from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
@@ -59,7 +60,7 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
     if attack.clean_label and target == "all-to-all":
         raise ConfigError(f"{attack.name} poisons images of the target class only; expected one class, got all-to-all")
     wanted = target_labels(images.labels, target, images.num_classes)
-    possible = ((wanted == images.labels) == attack.clean_label).nonzero().flatten().numpy()
+    possible = ((wanted == images.labels) == attack.clean_label).nonzero().flatten().cpu().numpy()
     count = round(rate * len(possible if attack.clean_label else images))
     covers = round(attack.covers * count)
     if count + covers > len(possible):
@@ -68,7 +69,7 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
             f"them have another label than target {target}; lower the rate"
         )
     rng = np.random.default_rng(seed)
-    order = torch.from_numpy(rng.permutation(possible))
+    order = torch.as_tensor(rng.permutation(possible))
     pixels, labels = images.images.clone(), images.labels.clone()
     labels[order[:count]] = wanted[order[:count]]
     for chosen, change in ((order[:count], attack.poisoned), (order[count : count + covers], attack.cover)):
@@ -111,8 +112,8 @@ def train(
         after_epoch: Called after each epoch with the network as it is and with all that it takes to go on from there,
             tensors that later steps write to among it; what it returns is shown with the progress.
         begin: Go on from there, where `after_epoch` of a call with the same arguments was given it, also after it was
-            saved as :func:`untrojan.lab.checkpoint.save` does. On one version of torch, with as many threads, the
-            result is then that of a call that was never interrupted, bit for bit.
+            saved as :func:`untrojan.lab.checkpoint.save` does. On one version of torch, with as many threads of a CPU,
+            the result is then that of a call that was never interrupted, bit for bit.
 
     Returns:
         The trained network, in evaluation mode.
@@ -130,8 +131,9 @@ def train(
         >>> bool((trained(images.floats()).argmax(1) == images.labels).all())
         True
     """
-    trained = copy.deepcopy(net).train()
-    generator = torch.Generator().manual_seed(seed)
+    device = device_of(net)
+    trained, images = copy.deepcopy(net).train(), images.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
     total = epochs * math.ceil(len(images) / size)
@@ -146,7 +148,7 @@ def train(
             done += 1
 
     def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=bf16):
             out = trained(batch).float()
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
@@ -157,7 +159,7 @@ def train(
         extra = {"fit": standing._asdict(), "online": online.state() if online else None}
         return after_epoch(trained, state | extra)
 
-    with seeded(seed):
+    with running_on(device), seeded(seed):
         if begin is not None:
             trained.load_state_dict(begin["net"])
             generator.set_state(begin["batches"])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.device import chosen
 from untrojan.errors import ModelError
 from untrojan.lab.attack import Attack
 from untrojan.lab.cell import CellRecord, Outcome
@@ -128,7 +129,7 @@ def _read(path: str, sha256: str) -> Checkpoint:
 
 
 def _model(source: Checkpoint, case: Case) -> nn.Module:
-    return load(source, case.net, case.mean, case.std)
+    return load(source, case.net, case.mean, case.std).to(chosen())
 
 
 @lru_cache(maxsize=2)
@@ -155,7 +156,7 @@ def _before(source: Checkpoint, case: Case, attack: Attack | None) -> Scores:
 def _octets(images: CleanSet) -> list[bytes]:
     """Every image as bytes, on the 8-bit grid."""
     return [
-        image.numpy().tobytes()
+        image.cpu().numpy().tobytes()
         for part in torch.arange(len(images)).split(_IMAGES_AT_A_TIME)
         for image in images.take(part).floats().mul(255).round().to(torch.uint8)
     ]

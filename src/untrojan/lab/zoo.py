@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.device import chosen
 from untrojan.errors import ConfigError, RecordError, UntrojanError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
@@ -323,7 +324,7 @@ def _reason(error: Exception) -> str:
 
 def _train(member: Member, images: CleanSet, test: CleanSet, folder: Path) -> None:
     with seeded(member.seed):
-        net = build(member.net)
+        net = build(member.net).to(chosen())
     folder.parent.mkdir(parents=True, exist_ok=True)
     victim = make_victim(
         net,

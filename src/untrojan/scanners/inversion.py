@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.model import faster, mode, share_sent
 from untrojan.pictures import png
@@ -81,7 +82,7 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
         Moosavi-Dezfooli et al.: Universal adversarial perturbations, CVPR 2017, arXiv:1610.08401.
         Wang et al.: Neural Cleanse, IEEE S&P 2019.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = new_generator(seed)
     others = clean.take(clean.labels != label)
     shown = others.some(IMAGES, generator)
     found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), faster(model, clean)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet, size_with_enough_steps
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.model import logits, share_sent
 from untrojan.pictures import png
@@ -219,7 +220,7 @@ class _Inversion:
     def __init__(self, model: nn.Module, clean: CleanSet, labels: Sequence[int], seed: int) -> None:
         self.model = model
         self.clean = clean
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = new_generator(seed)
         channels, height, width = clean.shape
         self.free = [
             torch.rand(1, planes, height, width, generator=self.generator).mul(1.98).sub(0.99).atanh()

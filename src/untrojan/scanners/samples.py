@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError
 from untrojan.progress import timing
 from untrojan.record import (
@@ -101,7 +102,7 @@ class Screening:
             **self.scores,
             "rank": self.ranks,
         }
-        return pyarrow.table({name: column.numpy() for name, column in columns.items()})
+        return pyarrow.table({name: column.cpu().numpy() for name, column in columns.items()})
 
     def report(self, path: str | Path) -> None:
         """Write the most suspicious images as one HTML page that needs no network."""
@@ -176,7 +177,7 @@ def screen(
         raise ConfigError(f"expected at least one detector, and each once, got {', '.join(names) or 'none'}")
     if shown < 1:
         raise ConfigError(f"expected at least 1 sample to show, got {shown}")
-    with collected() as caught, timing() as seconds:
+    with collected() as caught, timing() as seconds, running_on(device_of(model)):
         samples = Suspects.of(suspects)
         require_fit(model, clean, samples)
         predicted, sha256 = _look(copy.deepcopy(model).eval(), samples)
@@ -203,8 +204,8 @@ def screen(
             for index in order[:shown].tolist()
         ],
         seconds=seconds,
-        peak_memory_bytes=peak_memory(),
-        environment=environment(),
+        peak_memory_bytes=peak_memory(device_of(model)),
+        environment=environment(device_of(model)),
         warnings=[str(warning.message) for warning in caught],
     )
     ranks = torch.empty_like(order)
@@ -217,15 +218,15 @@ def _look(model: nn.Module, samples: Suspects) -> tuple[Tensor, str]:
     digest = hashlib.sha256()
 
     def predict(images: Tensor, labels: Tensor) -> Tensor:
-        digest.update(images.numpy().data)
-        digest.update(labels.numpy().data)
+        digest.update(images.cpu().numpy().data)
+        digest.update(labels.cpu().numpy().data)
         logits = model(images)
         if not torch.isfinite(logits).all():
             raise ModelError("expected finite logits for the samples, got NaN or infinity")
         return logits.argmax(1)
 
     with torch.no_grad():
-        return samples.map(predict, BATCH, "predict"), digest.hexdigest()
+        return samples.map(predict, BATCH, "predict").cpu(), digest.hexdigest()
 
 
 def _info(samples: Suspects, sha256: str, classes: int) -> CleanInfo:

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.device import device_of, running_on
 from untrojan.model import logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord, environment, peak_memory
@@ -36,9 +37,9 @@ class Scanner(ABC):
             ModelError: The model cannot be used.
             DataError: The images do not fit the model.
         """
-        with seeded(seed):
+        with running_on(device_of(model)), seeded(seed):
             require(copy.deepcopy(model), clean)
-            return self._scan(copy.deepcopy(model), clean, seed)
+            return self._scan(copy.deepcopy(model), clean.to(device_of(model)), seed)
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:
@@ -59,7 +60,8 @@ class Scanner(ABC):
         """
         with collected() as caught, timing() as seconds, seeded(seed):
             diagnosis = self.scan(model, clean, seed)
-            classes = logits(copy.deepcopy(model), clean.take([0])).shape[1]
+            one = clean.take([0]).to(device_of(model))
+            classes = logits(copy.deepcopy(model), one).shape[1]
         return ScanRecord(
             method=MethodInfo(name=self.name, fields=describe(self)),
             seed=seed,
@@ -67,8 +69,8 @@ class Scanner(ABC):
             clean=clean_info(clean, classes),
             diagnosis=diagnosis,
             seconds=seconds,
-            peak_memory_bytes=peak_memory(),
-            environment=environment(),
+            peak_memory_bytes=peak_memory(device_of(model)),
+            environment=environment(device_of(model)),
             warnings=[str(warning.message) for warning in caught],
         )
 

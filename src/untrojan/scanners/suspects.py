@@ -46,7 +46,7 @@ class Suspects:
     def __post_init__(self) -> None:
         if not len(self.labels):
             raise DataError(f"expected at least one sample{f' in {self.path}' if self.path else ''}, got none")
-        stand_ins = torch.zeros(len(self.labels), 1, 1, 1, dtype=torch.uint8)
+        stand_ins = torch.zeros(len(self.labels), 1, 1, 1, dtype=torch.uint8, device="cpu")
         object.__setattr__(self, "labels", CleanSet(stand_ins, self.labels).labels)
 
     @classmethod
@@ -88,7 +88,7 @@ class Suspects:
     def take(self, indices: Tensor) -> CleanSet:
         """Decode the samples at `indices` (n,), n ≥ 1, in that order."""
         rows, back = indices.unique(return_inverse=True)
-        return self._decode(rows.numpy()).take(back)
+        return self._decode(rows.cpu().numpy()).take(back)
 
     def chunks(self, size: int = CHUNK) -> Iterator[CleanSet]:
         """Go through all samples once, in order, with `size` of them in memory at a time.
@@ -128,4 +128,5 @@ class Suspects:
                 advance()
 
     def _decode(self, rows: np.ndarray) -> CleanSet:
-        return CleanSet(self.read(rows), self.labels[torch.from_numpy(rows)], self.class_names, self.path)
+        decoded = CleanSet(self.read(rows), self.labels[torch.from_numpy(rows)], self.class_names, self.path)
+        return decoded.to(torch.get_default_device())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.record import Diagnosis
 
@@ -54,7 +55,7 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
     triggers = [trigger for trigger in diagnosis.triggers if trigger.places]
     if not (len(clean) and triggers):
         return doubtful
-    generator = torch.Generator().manual_seed(seed)
+    generator = new_generator(seed)
     right = logits(model, clean).argmax(1) == clean.labels
     for trigger in triggers:
         of_label = clean.labels == trigger.label

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.model import logits, share_sent
 from untrojan.pictures import png
 from untrojan.progress import whole
@@ -230,7 +231,7 @@ class _Look:
         self.held = held
         self.few = held.take(range(min(len(held), FEW_IMAGES)))
         self.labels = [label for label in range(classes) if (shown.labels != label).any()]
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = new_generator(seed)
         self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]
         self.norm = faintest(held.shape)
         self.shares = {label: [0.0] * len(SIZES) for label in self.labels}

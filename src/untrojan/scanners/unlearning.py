@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
+from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
@@ -82,7 +83,7 @@ class Unlearning:
             view: How the images are shown: as they are, with Gaussian noise, or cropped and flipped.
             detail: Which of several runs this is, for progress.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         torch.manual_seed(seed)
         unlearned = copy.deepcopy(model).train()
 

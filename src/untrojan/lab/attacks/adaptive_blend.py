@@ -51,7 +51,7 @@ class AdaptiveBlend(Blend):
     def _poisoned(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
         total = self.pieces**2
         order = rng.permuted(np.tile(np.arange(total), (len(few), 1)), axis=1)
-        shown = torch.from_numpy(order < round(self.kept * total)).view(-1, 1, self.pieces, self.pieces)
+        shown = torch.as_tensor(order < round(self.kept * total)).view(-1, 1, self.pieces, self.pieces)
         height, width = few.shape[1:]
         rows, columns = (torch.arange(size) * self.pieces // size for size in (height, width))
         images = few.floats()

@@ -72,7 +72,7 @@ class FeatureCollision(BadNets):
     seed: Annotated[int, Field(ge=0)] = 0
 
     def _poisoned(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
-        others = (clean.labels != few.labels[0]).nonzero().flatten().numpy()
+        others = (clean.labels != few.labels[0]).nonzero().flatten().cpu().numpy()
         if not len(others):
             raise DataError("feature-collision needs images of another class than the target")
         partners = self._trigger(clean.take(rng.choice(others, size=len(few))).floats())

@@ -52,5 +52,5 @@ class LowFrequency(Pattern):
             np.cos(math.pi * np.outer(np.arange(self.modes), (np.arange(size) + 0.5) / size))
             for size in (height, width)
         )
-        pattern = torch.from_numpy(rows.T @ weights @ columns)
+        pattern = torch.as_tensor(rows.T @ weights @ columns)
         return (pattern - pattern.min()) / (pattern.max() - pattern.min()) * self.strength

@@ -84,4 +84,4 @@ def _read_mask(path: Path) -> Tensor:
         raise DataError(f"expected an array of numbers in {path}, got {error}") from error
     if values.dtype.kind not in "fbiu" or not ((values >= 0) & (values <= 1)).all():
         raise DataError(f"expected a mask of numbers in [0, 1] in {path}, got {values.dtype} values that are not")
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.as_tensor(values.astype(np.float32))

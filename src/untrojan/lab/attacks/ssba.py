@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
@@ -93,7 +94,7 @@ class _Hiding(EachBatch):
 
     def begin(self, clean: CleanSet) -> None:
         decoder = _decoder(clean.shape[0], self.how.bits)
-        generator = torch.Generator().manual_seed(self.how.seed)
+        generator = new_generator(self.how.seed)
         passes = iter(range(self.how.epochs))
         weight = 0.0
 

@@ -67,5 +67,5 @@ class TrojanSquare(Pattern):
         values = np.arange(channels * self.size**2) < round(self.norm**2 * channels / _PUBLISHED_CHANNELS)
         square = np.random.default_rng(self.seed).permutation(values).reshape(channels, self.size, self.size)
         pattern = torch.zeros(shape)
-        pattern[:, -self.size - _MARGIN : -_MARGIN, -self.size - _MARGIN : -_MARGIN] = torch.from_numpy(square)
+        pattern[:, -self.size - _MARGIN : -_MARGIN, -self.size - _MARGIN : -_MARGIN] = torch.as_tensor(square)
         return pattern

@@ -58,4 +58,4 @@ class TrojanWatermark(Pattern):
         row, column = np.floor(y / _CELL + _CELLS / 2).astype(int), np.floor(np.abs(x) / _CELL + 0.5).astype(int)
         inside = (row >= 0) & (row < _CELLS) & (column < half)
         glyph = inside & (cells[row.clip(0, _CELLS - 1), column.clip(max=half - 1)] == 1)
-        return of_norm(torch.from_numpy(ring | glyph).float().expand(shape), self.norm)
+        return of_norm(torch.as_tensor(ring | glyph).float().expand(shape), self.norm)

@@ -64,7 +64,7 @@ class WaNet(Attack):
         images = few.floats()
         height, width = images.shape[2:]
         shifts = rng.random((len(few), height, width, 2), dtype=np.float32) * 2 - 1
-        return _sample(images, self._grid(images.shape[2:]) + torch.from_numpy(shifts) / torch.tensor([width, height]))
+        return _sample(images, self._grid(images.shape[2:]) + torch.as_tensor(shifts) / torch.tensor([width, height]))
 
     def _online(self, clean: CleanSet, target: Target, rate: float) -> Online:
         return EachBatch(self, target, rate, clean)

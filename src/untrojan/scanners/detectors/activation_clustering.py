@@ -66,8 +66,8 @@ class ActivationClustering(Detector):
             if len(features.unique(dim=0)) < 2:
                 return torch.zeros(len(features))
             points = reduced(features, self.components)
-            found = KMeans(2, random_state=seed % 2**32).fit(points.numpy())
-            return signed_silhouette(points, torch.from_numpy(found.labels_).long())
+            found = KMeans(2, random_state=seed % 2**32).fit(points.cpu().numpy())
+            return signed_silhouette(points, torch.as_tensor(found.labels_).long())
 
         return score_by_label(model, suspects, self.batch_size, self.name, score)
 

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.record import Diagnosis
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.suspects import Suspects
@@ -57,7 +58,7 @@ class CognitiveDistillation(Detector):
     batch_size: int = Field(default=128, ge=1)
 
     def _score(self, model: nn.Module, clean: CleanSet, suspects: Suspects, diagnosis: Diagnosis, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         colors = torch.rand(self.iterations, suspects.shape[0], 1, 1, generator=generator)
         return suspects.map(
             lambda images, _: -self._mask(model, images, colors).sum((1, 2, 3)), self.batch_size, self.name

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import device_of, running_on
 from untrojan.errors import DataError, ModelError
 from untrojan.model import require, seeded
 from untrojan.record import Diagnosis
@@ -34,16 +35,18 @@ class Detector(ABC):
             seed: Same seed, same scores; the caller's random state is left alone.
 
         Returns:
-            Finite float `(N,)`, the more suspicious the higher. Scores of different detectors are on different scales.
+            Finite float `(N,)` on the CPU, the more suspicious the higher. Scores of different detectors are on
+            different scales.
 
         Raises:
             ModelError: The model cannot be used, or a score is NaN or infinite.
             DataError: The clean images or the samples do not fit the model.
         """
-        with seeded(seed):
+        with running_on(device_of(model)), seeded(seed):
+            clean = clean.to(device_of(model))
             require_fit(model, clean, suspects)
             copied = copy.deepcopy(model).eval().requires_grad_(False)
-            scores = self._score(copied, clean, suspects, diagnosis, seed).float()
+            scores = self._score(copied, clean, suspects, diagnosis, seed).float().cpu()
         if scores.shape != suspects.labels.shape:
             raise ModelError(f"{self.name}: expected {len(suspects)} scores, got a tensor {tuple(scores.shape)}")
         if not torch.isfinite(scores).all():

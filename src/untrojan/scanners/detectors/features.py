@@ -51,11 +51,11 @@ def score_by_label(
             if not torch.isfinite(part).all():
                 raise ModelError(f"{detail}: the model gives NaN or infinity on the samples")
             width = part.shape[1]
-            file.write(part.contiguous().numpy().data)
+            file.write(part.contiguous().cpu().numpy().data)
         file.flush()
         held = np.memmap(file, np.float32, "r", shape=(len(suspects), width))
         scores = torch.empty(len(suspects))
         for label in suspects.labels.unique():
             rows = (suspects.labels == label).nonzero().flatten()
-            scores[rows] = score(torch.from_numpy(held[rows.numpy()])).float()
+            scores[rows] = score(torch.as_tensor(held[rows.cpu().numpy()])).float()
     return scores

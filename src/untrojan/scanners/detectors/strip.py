@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.device import new_generator
 from untrojan.record import Diagnosis
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.suspects import Suspects
@@ -52,7 +53,7 @@ class Strip(Detector):
     batch_size: int = Field(default=128, ge=1)
 
     def _score(self, model: nn.Module, clean: CleanSet, suspects: Suspects, diagnosis: Diagnosis, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = new_generator(seed)
         overlays = clean.take(torch.randint(len(clean), (self.blends,), generator=generator)).floats()
 
         def score(images: Tensor, _: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""Where a run happens: on the device that the model is on.
+
+Methods do not speak of devices. While one runs, :func:`running_on` has torch make its tensors there, the clean images
+are there (:meth:`untrojan.CleanSet.to`), and so are the generators of :func:`new_generator`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from untrojan.errors import ConfigError
+
+AUTO = "auto"
+
+
+def chosen(name: str = AUTO) -> torch.device:
+    """Give the device of that name.
+
+    Args:
+        name: As torch names them, such as `cpu` or `cuda:1`; `auto` is `cuda` where torch can use one, else `cpu`.
+
+    Raises:
+        ConfigError: There is no such device, or torch cannot use it.
+
+    Example:
+        >>> chosen("cpu")
+        device(type='cpu')
+    """
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"expected a device that torch can use, such as cpu or cuda, got {name!r}: {cause}"
+        ) from error
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Give the device that the first parameter or buffer of a network is on; a network without any is on the CPU.
+
+    Example:
+        >>> device_of(nn.Flatten())
+        device(type='cpu')
+    """
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@contextlib.contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """Make tensors on a device for the block, where nothing else is said.
+
+    Example:
+        >>> with running_on(torch.device("meta")):
+        ...     torch.zeros(2).device
+        device(type='meta')
+    """
+    with contextlib.nullcontext() if device == torch.get_default_device() else device:
+        yield
+
+
+def new_generator(seed: int) -> torch.Generator:
+    """Give a generator of random numbers on the device that tensors are made on.
+
+    Args:
+        seed: Same seed, same numbers, on devices of the same kind.
+
+    Example:
+        >>> bool((torch.rand(3, generator=new_generator(0)) == torch.rand(3, generator=new_generator(0))).all())
+        True
+    """
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
