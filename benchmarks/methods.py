@@ -268,12 +268,16 @@ def main() -> None:
     ]
     wanted = ALONE if asked.alone else cells
     missing = [cell for cell in wanted if not cell.path.exists()]
-    scans = dict.fromkeys(scan_of(cell) for cell in missing if not SETTINGS[cell.setting].poisoned)
+    needed = {cell: scan_of(cell) for cell in missing if not SETTINGS[cell.setting].poisoned}
+    scans = [each for each in dict.fromkeys(needed.values()) if not each.path.exists()]
+    waiting = [cell for cell, each in needed.items() if each in scans]
     threads = 2 if asked.alone else 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with multiprocessing.get_context("spawn").Pool(asked.jobs, begin, [threads]) as pool:
-        pool.map(run_or_tell, [each for each in scans if not each.path.exists()], chunksize=1)
-        pool.map(run_or_tell, missing, chunksize=1)
+        scanned = pool.map_async(run_or_tell, scans, chunksize=1)
+        pool.map(run_or_tell, [cell for cell in missing if cell not in waiting], chunksize=1)
+        scanned.wait()
+        pool.map(run_or_tell, waiting, chunksize=1)
     write_atomic(Path("benchmarks/methods.md"), page().encode())
 
 

@@ -267,7 +267,7 @@ class _Triggers:
             split = int(PERTURBED * len(images))
             return torch.cat([self._perturbed(images[:split]), self._patched(images[split:], student)])
         ends = (len(images) * self.shares.cumsum(0)).round().long()
-        *parts, rest = images.tensor_split(ends)
+        *parts, rest = images.tensor_split(ends.tolist())
         put = [each.put_on(part, 0.5, LONGEST) for each, part in zip(self.changes, parts, strict=True)]
         return _distracted(torch.cat([*put, self._patched(rest, student)]), images, self.generator)
 

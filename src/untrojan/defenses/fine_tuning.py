@@ -31,6 +31,7 @@ class FineTuning(Tuning):
         3 F per image and epoch: 300 F per image, where F is one image through the network once.
 
     Example:
+        >>> import torch
         >>> from untrojan.record import Diagnosis
         >>> from untrojan.sources.nets import build
         >>> clean = CleanSet(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
