@@ -148,7 +148,7 @@ def table(setting: str) -> Iterator[str]:
     """One setting as Markdown."""
     cells = {(m, c): load(setting, m, c) for m in METHODS for c in CASES}
     yield f"\n## {setting}\n"
-    yield f"| method | {' | '.join(CASES)} | seconds | peak memory |"
+    yield f"| method | {' | '.join(CASES)} | one thread | GPU |"
     yield f"|---|{'---|' * len(CASES)}---|---|"
     yield row("none", [[cell["before"] for m in METHODS for cell in cells[m, c]][:1] for c in CASES], [])
     for method in METHODS:
@@ -165,13 +165,20 @@ def table(setting: str) -> Iterator[str]:
 
 def row(name: str, groups: list[list[dict[str, float]]], cells: list[dict[str, Any]]) -> str:
     shown = [f"{triple(group)} ({len(group)})" if len(group) > 1 else one(group) for group in groups]
-    cost = ["", ""]
-    if cells:
-        cost = [
-            f"{statistics.median(cell['seconds'] for cell in cells):.0f}",
-            f"{max(cell['peak_memory_bytes'] for cell in cells) / 2**20:,.0f} MiB",
-        ]
-    return f"| {name} | {' | '.join([*shown, *cost])} |"
+    places = [[cell for cell in cells if on_gpu(cell) == wanted] for wanted in (False, True)]
+    return f"| {name} | {' | '.join([*shown, *map(cost, places)])} |"
+
+
+def on_gpu(cell: dict[str, Any]) -> bool:
+    return cell["record"]["environment"].get("device", "cpu") != "cpu"
+
+
+def cost(cells: list[dict[str, Any]]) -> str:
+    """Median seconds and most memory."""
+    if not cells:
+        return ""
+    memory = max(cell["peak_memory_bytes"] for cell in cells) / 2**20
+    return f"{statistics.median(cell['seconds'] for cell in cells):.0f} s, {memory:,.0f} MiB"
 
 
 def one(group: list[dict[str, float]]) -> str:
@@ -227,8 +234,9 @@ def page() -> str:
         "Made by `python benchmarks/methods.py` from the records in `benchmarks/records/methods`: default settings, "
         "the same for every checkpoint, nothing known of the attack. Percent, ACC / ASR / RA; mean ± standard "
         "deviation and the number of seeds in brackets where there is more than one, else seed 0; an empty cell was "
-        "not run. Seconds: median of the repair with its checks, one thread, without the scan. Test images: the first "
-        "1,500.",
+        "not run. Seconds: median of the repair with its checks, without the scan, on one thread of a CPU, two cells at "
+        "a time, or on an H200 that up to 17 processes shared; memory: the largest of the process, or of the GPU. Test "
+        "images: the first 1,500.",
         "",
         "Where some of the images are poisoned, they carry the trigger and have the target as label; only `auto` ran "
         "there.",
