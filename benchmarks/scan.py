@@ -192,8 +192,9 @@ def backdoored(results: list[dict[str, Any]]) -> str:
 
 
 def complete(diagnosis: dict[str, Any]) -> dict[str, Any]:
-    """A diagnosis with empty fields in place of those that the records leave out."""
-    triggers = [{**trigger, "picture": "", "examples": ""} for trigger in diagnosis["triggers"]]
+    """A diagnosis with empty fields in place of those that the records leave out, without what older ones have."""
+    kept = [{name: value for name, value in each.items() if name != "places"} for each in diagnosis["triggers"]]
+    triggers = [{**trigger, "picture": "", "examples": ""} for trigger in kept]
     return diagnosis | {"triggers": triggers, "runs": [{**each, "trace": []} for each in diagnosis["runs"]]}
 
 

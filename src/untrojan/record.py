@@ -183,7 +183,7 @@ class Trigger(_Part):
     `success` is the share of images of another label that it sends there, on images that the search did not see.
     `picture` is a PNG in base64: a patch, transparent where images stay as they are; a perturbation, amplified around
     gray; a chessboard, warped; ramps of each channel and white, recolored. `examples` shows some clean images above the
-    same with the trigger. `places` has height, width, top and left of each patch with which the model is surest.
+    same with the trigger.
     """
 
     label: int
@@ -192,7 +192,6 @@ class Trigger(_Part):
     success: Rate
     picture: str
     examples: str
-    places: list[list[int]] = Field(default_factory=list)
 
 
 class Comparison(_Part):

@@ -156,8 +156,8 @@ class Defense(ABC):
 
         Args:
             model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
-            clean: Clean images with their true labels, at least one of each class. Those that carry a patch which the
-                scan recovered are left out, with a warning. A method that is `data_free` also takes a set without
+            clean: Clean images with their true labels, at least one of each class. Those that carry a trigger of a
+                suspected label are left out, with a warning. A method that is `data_free` also takes a set without
                 images; nothing can be verified then.
             diagnosis: What a scan found; without it the model is scanned first.
             seed: Same seed, same repair; the caller's random state is left alone.
@@ -243,13 +243,13 @@ def _look(model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
 
 
 def _trusted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> CleanSet:
-    """The clean images without those that carry a recovered patch, of which a warning tells."""
+    """The clean images without those that carry a trigger, of which a warning tells."""
     doubtful = tainted(model, clean, diagnosis, seed)
     if not doubtful.any():
         return clean
     text = (
-        f"{int(doubtful.sum())} of the {len(clean)} clean images lose their label where a piece of another image covers"
-        " a recovered patch: they may be poisoned, and are left out"
+        f"{int(doubtful.sum())} of the {len(clean)} clean images hold something that gives other images their label:"
+        " they may be poisoned, and are left out"
     )
     warnings.warn(UnreliableWarning(text), stacklevel=3)
     return clean.take(~doubtful)

@@ -23,7 +23,7 @@ from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Tar
 from untrojan.scanners import unlearning
 from untrojan.scanners.changes import Change, compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
-from untrojan.scanners.patches import Patches, least_area, measured, pinpoint, search, smallest
+from untrojan.scanners.patches import Patches, least_area, measured, search, smallest
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
 
@@ -289,12 +289,10 @@ class _Look:
         """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the best change."""
         others = self.held.take(self.held.labels != label)
         shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
-        change, places = self._change(label), []
+        change = self._change(label)
         if _by_patches(self.shares[label]) >= max(1, self.faint[label] / MOST):
             found = smallest(self.model, self.held, label, self.patches[label])
             kind, share, changed, picture = "patch", found.success, found.stamp(shown), found.picture(self.held.shape)
-            surest = pinpoint(self.model, self.shown, label, self.patches[label], self.generator)
-            places = surest.boxes.unique(dim=0).tolist()
         elif change is not None:
             share = share_sent(self.model, self.held, label, change.add)
             found, kind, changed, picture = change, change.comparison.kind, change.add(shown), change.picture()
@@ -308,7 +306,6 @@ class _Look:
             success=Rate.of(round(share * len(others)), len(others)),
             picture=picture,
             examples=png(_tiled(shown, changed)),
-            places=places,
         )
 
     def _change(self, label: int) -> Change | None:
