@@ -24,13 +24,13 @@ def test_without_ray_its_option_says_what_to_install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def address():
-    """Where a cluster of two nodes with one core each is."""
+    """Where a cluster of two nodes with one core each is, of which one says that it has a GPU."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster as Nodes  # pyright: ignore[reportMissingImports]
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1, num_gpus=1)
     nodes.wait_for_nodes()
     yield nodes.address
     nodes.shutdown()
@@ -51,6 +51,10 @@ class DiesOnce:
 
 def fails(job):
     raise ArithmeticError("on purpose")
+
+
+def answer_with_gpus(job):
+    return Answer(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def answer_with_folder(job):
@@ -80,6 +84,30 @@ def test_a_job_runs_where_the_grid_was_started_and_may_fail(address, tmp_path, m
         pool.close()
         assert told == job
         assert said in (answer.text or answer.error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("gpus", "size", "seen"), [(0.5, 2, "0"), (1, 1, "0"), (0, 2, "")])
+def test_a_job_sees_the_gpu_it_is_given(address, gpus, size, seen):
+    pool = Cluster(address, gpus=gpus, work=answer_with_gpus)
+    assert pool.size == size
+    pool.start("a")
+    _, answer = pool.wait()
+    pool.close()
+    assert (answer.text or "") == seen
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_more_gpus_than_there_are_are_told(address):
+    with pytest.raises(ConfigError, match="too few GPUs"):
+        Cluster(address, gpus=2)
+
+
+def test_gpus_are_of_ray(tmp_path, capsys):
+    assert command(["bench", "run", str(make_grid(tmp_path)), "--out", str(tmp_path / "out"), "--gpus", "0.5"]) == 4
+    assert "--gpus is what Ray gives" in capsys.readouterr().err
 
 
 @pytest.mark.slow

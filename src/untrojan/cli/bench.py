@@ -30,8 +30,16 @@ def bench() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what is missing and how long it will take, and run nothing.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Worker processes.  [default: one for each core]")
 @click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster, such as auto or 10.0.0.1:6379.")
+@click.option(
+    "--gpus",
+    type=click.FloatRange(min=0),
+    metavar="G",
+    help="GPUs of each cell on Ray, such as 0.25; else none.",
+)
 @quiet_option
-def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None, quiet: bool) -> int:
+def run(
+    grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None, gpus: float | None, quiet: bool
+) -> int:
     """Run the cells of GRID, a TOML file, that have no record yet.
 
     A cell that fails leaves a record with its traceback, and the others go on; remove the record to run the cell again.
@@ -39,6 +47,8 @@ def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None,
     """
     if out.is_file():
         raise ConfigError(f"{out} is a file; give a folder")
+    if gpus is not None and not ray:
+        raise ConfigError("--gpus is what Ray gives each cell; without --ray all cells share the GPU of this machine")
     require_writable(out)
     size = jobs or len(os.sched_getaffinity(0))
     if not (dry_run or ray):
@@ -48,7 +58,7 @@ def run(grid: Path, out: Path, dry_run: bool, jobs: int | None, ray: str | None,
         click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))
         return 0
     with working(quiet):
-        ran = run_cells(cells, out, Cluster(ray, jobs) if ray else Processes(size))
+        ran = run_cells(cells, out, Cluster(ray, jobs, gpus or 0.0) if ray else Processes(size))
     there = len(cells) - ran.done - len(ran.failed)
     click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {len(ran.failed)} failed now")
     for path in ran.failed:
