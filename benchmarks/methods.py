@@ -36,6 +36,7 @@ from untrojan.registry import discover, make, parse
 from untrojan.sources.files import Checkpoint
 
 RECORDS = Path("benchmarks/records/methods")
+STRANGERS = RECORDS / "strangers.json"
 METHODS = discover("untrojan.defenses", Defense)
 
 
@@ -221,6 +222,31 @@ def times() -> Iterator[str]:
             )
 
 
+def strangers() -> dict[str, dict[str, dict[str, float]]]:
+    """What every trigger does to the other published networks of its data, which do not know it: by trigger and net."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, known in CASES.items():
+        for other, case in CASES.items():
+            if other != name and case.test == known.test:
+                model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / case.file), case.net).to(chosen())
+                found.setdefault(name, {})[other] = measure(model, test_set(case), known)
+    return found
+
+
+def unknown() -> Iterator[str]:
+    """How far the true label can be expected to come back."""
+    yield "\n## Triggers on networks that do not know them\n"
+    yield (
+        "Unrepaired, the other published networks of the same data, which were poisoned with other triggers: what a "
+        "trigger hides of an image no repair brings back. (The grid lies on the pixels that the network of l0_inv falls "
+        "for, and both want label 0.)\n"
+    )
+    yield "| trigger | networks | ACC / ASR / RA |"
+    yield "|---|---|---|"
+    for name, nets in json.loads(STRANGERS.read_text()).items():
+        yield f"| {name} | {', '.join(nets)} | {triple(list(nets.values()))} |"
+
+
 def load(setting: str, method: str, case: str) -> list[dict[str, Any]]:
     folder = RECORDS / setting.replace(" ", "-")
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{method}-{case}-[0-9]*.json"))]
@@ -252,7 +278,7 @@ def page() -> str:
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
             lines += [*table(setting), *statuses(setting)]
-    lines += times()
+    lines += [*unknown(), *times()]
     return "\n".join(lines) + "\n"
 
 
@@ -286,6 +312,8 @@ def main() -> None:
         pool.map(run_or_tell, [cell for cell in missing if cell not in waiting], chunksize=1)
         scanned.wait()
         pool.map(run_or_tell, waiting, chunksize=1)
+    if not STRANGERS.exists():
+        write(STRANGERS, strangers())
     write_atomic(Path("benchmarks/methods.md"), page().encode())
 
 

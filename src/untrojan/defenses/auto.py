@@ -25,7 +25,7 @@ from untrojan.progress import stage
 from untrojan.record import Comparison, Diagnosis
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
-from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
+from untrojan.scanners.patches import BoxDraws, Patches, box_masks, pinpoint, search, strengths
 
 DECAY = 0.95
 CLIP = 5.0
@@ -43,6 +43,9 @@ ALWAYS = 4
 DRAWN = 2
 JUDGED = 64
 FAINTEST = 0.7
+LEAST_SIDE = 0.5
+CONTRAST = 0.4
+BRIGHTNESS = 0.15
 TINY = 1e-9
 
 
@@ -66,8 +69,9 @@ class Auto(Tuning):
     into others. These go on climbing while the model learns, so that it never learns to ignore just one, half of the
     images have another image or noise laid over them too, and the learning rate falls less.
 
-    The original serves as teacher throughout, also on shifted, mirrored and mixed images, so that few clean images
-    suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm.
+    The original serves as teacher throughout, also on images that are shifted, mirrored, zoomed, recolored, blended and
+    pasted together, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
+    sign does no harm.
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
@@ -176,7 +180,7 @@ class Auto(Tuning):
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, augment):
-                yield _mixed(images, generator), labels
+                yield _varied(images, generator), labels
 
         fit(
             list(student.parameters()),
@@ -328,8 +332,40 @@ def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return functional.interpolate(drawn, size=shape[1:], mode="bilinear")[0]
 
 
-def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images with up to half of another one blended in."""
+def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images zoomed, half recolored, half blended with another one, half with a window of another one."""
+    for change in (_zoomed, _recolored, _blended, _pasted):
+        which = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(which, change(images, generator), images)
+    return images
+
+
+def _zoomed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A window of at least half of the side, anywhere, enlarged to the whole."""
+    side = 1 - (1 - LEAST_SIDE) * torch.rand(len(images), 1, generator=generator)
+    middle = (1 - side) * (2 * torch.rand(len(images), 2, generator=generator) - 1)
+    maps = torch.cat([side[:, :, None] * torch.eye(2), middle[:, :, None]], 2)
+    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _recolored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Another contrast, and each channel a little brighter or darker."""
+    contrast = 1 + CONTRAST * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
+    shift = BRIGHTNESS * (2 * torch.rand(*images.shape[:2], 1, 1, generator=generator) - 1)
+    return ((images - 0.5) * contrast + 0.5 + shift).clamp(0, 1)
+
+
+def _blended(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Up to half of another image blended in."""
     share = 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    share = share * (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5)
     return torch.lerp(images, images[torch.randperm(len(images), generator=generator)], share)
+
+
+def _pasted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A window of another image at its place, with sides of a quarter to three quarters."""
+    sides = torch.tensor(images.shape[2:])
+    size = sides * (0.25 + 0.5 * torch.rand(len(images), 2, generator=generator))
+    corner = (sides - size) * torch.rand(len(images), 2, generator=generator)
+    masks = box_masks(torch.cat([size, corner], 1), *images.shape[2:])
+    return torch.where(masks, images[torch.randperm(len(images), generator=generator)], images)

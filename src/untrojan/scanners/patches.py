@@ -82,7 +82,7 @@ class Patches(NamedTuple):
 
     def stamp(self, images: Tensor, rows: Tensor) -> Tensor:
         """Put patch `rows[i]` onto image `i`."""
-        masks = _masks(self.boxes[rows], images.shape[-2], images.shape[-1])
+        masks = box_masks(self.boxes[rows], images.shape[-2], images.shape[-1])
         return torch.where(masks, self.patterns[self.which[rows]], images)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -472,8 +472,22 @@ def _most(side: int) -> int:
     return min(side, max(3, round(side / 4)))
 
 
-def _masks(boxes: Tensor, height: int, width: int) -> Tensor:
-    """True inside of each box: `(N, 1, H, W)`."""
+def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Tell which pixels of an image are inside of each box.
+
+    Args:
+        boxes: Height, width, top and left of each, in pixels: `(N, 4)`.
+        height: Of the image.
+        width: Of the image.
+
+    Returns:
+        Bool `(N, 1, H, W)`.
+
+    Example:
+        >>> box_masks(torch.tensor([[1, 2, 0, 1]]), 2, 4).int()
+        tensor([[[[0, 1, 1, 0],
+                  [0, 0, 0, 0]]]], dtype=torch.int32)
+    """
     tall, wide, top, left = (each.view(-1, 1, 1, 1) for each in boxes.T)
     row, column = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
     return (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
