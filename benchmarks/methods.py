@@ -238,8 +238,8 @@ def unknown() -> Iterator[str]:
     yield "\n## Triggers on networks that do not know them\n"
     yield (
         "Unrepaired, the other published networks of the same data, which were poisoned with other triggers: what a "
-        "trigger hides of an image no repair brings back. (The grid lies on the pixels that the network of l0_inv falls "
-        "for, and both want label 0.)\n"
+        "trigger hides of an image no repair brings back. (The grid lies on the pixels that the network of l0_inv "
+        "falls for, and both want label 0.)\n"
     )
     yield "| trigger | networks | ACC / ASR / RA |"
     yield "|---|---|---|"
