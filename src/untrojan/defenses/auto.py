@@ -33,6 +33,7 @@ LEAST_SHARE = 0.05
 CHANGED = 0.75
 PERTURBED = 0.25
 FEW_PIXELS = 0.005
+FEW_IMAGES = 100
 FURTHER = 0.3
 DISTRACTED = 0.35
 REMEMBERED = 0.01
@@ -69,9 +70,9 @@ class Auto(Tuning):
     into others. These go on climbing while the model learns, so that it never learns to ignore just one, half of the
     images have another image or noise laid over them too, and the learning rate falls less.
 
-    The original serves as teacher throughout, also on images that are shifted, mirrored, zoomed, recolored, blended and
-    pasted together, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
-    sign does no harm.
+    The original serves as teacher throughout, also on images that are shifted, mirrored and mixed, so that few clean
+    images suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm. Where there are
+    fewer than a hundred, half of them are also zoomed, recolored and pasted together.
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
@@ -180,7 +181,9 @@ class Auto(Tuning):
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, augment):
-                yield _varied(images, generator), labels
+                if len(clean) < FEW_IMAGES:
+                    images = _varied(images, generator)
+                yield _mixed(images, generator), labels
 
         fit(
             list(student.parameters()),
@@ -332,9 +335,16 @@ def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return functional.interpolate(drawn, size=shape[1:], mode="bilinear")[0]
 
 
+def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images with up to half of another one blended in."""
+    share = 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    share = share * (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5)
+    return torch.lerp(images, images[torch.randperm(len(images), generator=generator)], share)
+
+
 def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images zoomed, half recolored, half blended with another one, half with a window of another one."""
-    for change in (_zoomed, _recolored, _blended, _pasted):
+    """Half of the images zoomed, half recolored, half with a window of another one."""
+    for change in (_zoomed, _recolored, _pasted):
         which = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(which, change(images, generator), images)
     return images
@@ -354,12 +364,6 @@ def _recolored(images: Tensor, generator: torch.Generator) -> Tensor:
     contrast = 1 + CONTRAST * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
     shift = BRIGHTNESS * (2 * torch.rand(*images.shape[:2], 1, 1, generator=generator) - 1)
     return ((images - 0.5) * contrast + 0.5 + shift).clamp(0, 1)
-
-
-def _blended(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Up to half of another image blended in."""
-    share = 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    return torch.lerp(images, images[torch.randperm(len(images), generator=generator)], share)
 
 
 def _pasted(images: Tensor, generator: torch.Generator) -> Tensor:
