@@ -159,7 +159,7 @@ def repair(
         clean: Clean images with their true labels, at least one of each class.
         method: How; by default :class:`untrojan.Auto`.
         diagnosis: What a scan found; without it the method looks for itself.
-        seed: Same seed, same repair.
+        seed: Same seed, same repair, on a GPU up to rounding.
 
     Returns:
         The repaired model with its record.
@@ -189,7 +189,7 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
         model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
         clean: Clean images with their true labels, at least one of each class.
         method: How; by default :class:`untrojan.TriggerScanner`.
-        seed: Same seed, same verdict.
+        seed: Same seed, same verdict, on a GPU up to rounding.
 
     Returns:
         The record: its `diagnosis` has the verdict, the suspected labels and the evidence; `save` writes a report.

@@ -160,7 +160,7 @@ class Defense(ABC):
                 suspected label are left out, with a warning. A method that is `data_free` also takes a set without
                 images; nothing can be verified then.
             diagnosis: What a scan found; without it the model is scanned first.
-            seed: Same seed, same repair; the caller's random state is left alone.
+            seed: Same seed, same repair, on a GPU up to rounding; the caller's random state is left alone.
             source: The file the model came from, for the record, and for its keys and types when saving.
 
         Returns:

@@ -28,7 +28,7 @@ class Scanner(ABC):
         Args:
             model: Any network from images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; it is not changed.
             clean: Clean images with their true labels, at least one of each class.
-            seed: Same seed, same diagnosis; the caller's random state is left alone.
+            seed: Same seed, same diagnosis, on a GPU up to rounding; the caller's random state is left alone.
 
         Returns:
             The verdict with the suspected targets, best first, and the evidence.
