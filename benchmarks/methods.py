@@ -273,7 +273,9 @@ def page() -> str:
         "older than the scan that searches triggers were given what unlearning named, the same labels. Cells "
         "without the check `resists recovered patches` are older than that check and than the loss of another, which "
         "asked that unlearning no longer ends on the suspected label and failed good repairs; those without `resists "
-        "changes of the whole image` are older than that one, and of `auto`, than what it does about such changes.",
+        "changes of the whole image` are older than that one, and of `auto`, than what it does about such changes. Of "
+        "one-shot, only seed 0 has `auto` zoom, recolor and paste images. Cells with poisoned images had these told by "
+        "covering recovered patches, but those of trojan_sq and trojan_wm with 5 percent, where that told none.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
