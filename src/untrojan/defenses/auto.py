@@ -70,9 +70,9 @@ class Auto(Tuning):
     into others. These go on climbing while the model learns, so that it never learns to ignore just one, half of the
     images have another image or noise laid over them too, and the learning rate falls less.
 
-    The original serves as teacher throughout, also on images that are shifted, mirrored and mixed, so that few clean
-    images suffice to keep the accuracy; no label is needed for that, and a mirrored sign does no harm. Where there are
-    fewer than a hundred, half of them are also zoomed, recolored and pasted together.
+    The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
+    spread, mixed, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
+    sign does no harm. Where there are fewer than a hundred, half of them are zoomed, recolored and pasted together too.
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
@@ -183,7 +183,7 @@ class Auto(Tuning):
             for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, augment):
                 if len(clean) < FEW_IMAGES:
                     images = _varied(images, generator)
-                yield _mixed(images, generator), labels
+                yield images if triggers.spread else _mixed(images, generator), labels
 
         fit(
             list(student.parameters()),
