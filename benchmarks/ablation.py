@@ -125,8 +125,8 @@ def page() -> Iterator[str]:
         "Made by `python benchmarks/ablation.py` from `benchmarks/records/ablation`: victims of the zoo on digits of "
         "8x8, repaired without one part of `auto`, and in the end with the true trigger in place of what was found. "
         "Percent, ACC / ASR / RA on held-out digits, seed 0.\n\n"
-        "Mixed images were part of all of it when these cells were run. Because of what this table says of them, `auto` "
-        "mixes none where the trigger is spread since; it is then the row without.\n"
+        "Mixed images were part of all of it when these cells were run. Because of what this table says of them, "
+        "`auto` mixes none where the trigger is spread since; it is then the row without.\n"
     )
     yield f"| variant | {' | '.join(VICTIMS)} | mean |"
     yield f"|---|{'---|' * len(VICTIMS)}---|"
