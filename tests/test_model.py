@@ -214,7 +214,7 @@ def test_no_share_is_sent_where_all_are_of_the_label():
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: True)
 
 
 @pytest.mark.usefixtures("bfloat16")
@@ -241,6 +241,6 @@ def test_a_network_that_cannot_run_faster_is_given_back(net):
 
 
 def test_without_bfloat16_in_the_processor_nothing_is_faster(monkeypatch):
-    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
     net = linear()
     assert faster(net, make_clean()) is net
