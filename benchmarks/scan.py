@@ -138,9 +138,10 @@ def page() -> Iterator[str]:
     bad = [result for result in results if result["target"] is not None]
     alarms = Rate.of(sum(result["diagnosis"]["verdict"] == "found" for result in clean), len(clean))
     yield "# The scan on models that are known\n"
-    yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time."
-    yield "Searches ran in bfloat16 for published models with 500 images and for the one with 10, and warps and"
-    yield "recolorings were compared for those with 500; others are older. `found` means the same."
+    yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time, or"
+    yield "where the record names a GPU (most with one image per class), on that, shared with other work."
+    yield "Searches ran in bfloat16 for published models with 500 images and with one per class, and warps and"
+    yield "recolorings were compared for those; others are older. `found` means the same."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
