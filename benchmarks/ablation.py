@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import triple
+from cases import one, triple
 from torch import Tensor, nn
 from zoo import IMAGES, ROOT
 
@@ -134,7 +134,7 @@ def page() -> Iterator[str]:
         wanted = [path_of("all of it" if variant == "none" else variant, victim) for victim in VICTIMS]
         results = [json.loads(path.read_text()) if path.exists() else None for path in wanted]
         scores = [each and each["before" if variant == "none" else "after"] for each in results]
-        shown = [triple([each]).replace(" ± 0.0", "") if each else "" for each in scores]
+        shown = [one(each) if each else "" for each in scores]
         yield f"| {variant} | {' | '.join(shown)} | {triple([each for each in scores if each])} |"
 
 

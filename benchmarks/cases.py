@@ -144,6 +144,11 @@ def measure(model: nn.Module, test: untrojan.CleanSet, case: Case) -> dict[str, 
     return {name: getattr(scores, name).value for name in ("acc", "asr", "ra")}
 
 
+def one(score: dict[str, float]) -> str:
+    """ACC, ASR and RA in percent."""
+    return " / ".join(f"{100 * score[key]:.1f}" for key in ("acc", "asr", "ra"))
+
+
 def triple(scores: list[dict[str, float]]) -> str:
     """Means of ACC, ASR and RA in percent, and the spread of ACC and ASR where there are several seeds."""
     means = [statistics.mean(score[key] for score in scores) for key in ("acc", "asr", "ra")]

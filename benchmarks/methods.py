@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import scan
 import torch
-from cases import CASES, SHARED, Case, measure, test_set, triple
+from cases import CASES, SHARED, Case, measure, one, test_set, triple
 
 import untrojan
 from untrojan.defenses.defense import Defense
@@ -165,7 +165,9 @@ def table(setting: str) -> Iterator[str]:
 
 
 def row(name: str, groups: list[list[dict[str, float]]], cells: list[dict[str, Any]]) -> str:
-    shown = [f"{triple(group)} ({len(group)})" if len(group) > 1 else one(group) for group in groups]
+    shown = [
+        f"{triple(group)} ({len(group)})" if len(group) > 1 else one(group[0]) if group else "" for group in groups
+    ]
     places = [[cell for cell in cells if on_gpu(cell) == wanted] for wanted in (False, True)]
     return f"| {name} | {' | '.join([*shown, *map(cost, places)])} |"
 
@@ -180,10 +182,6 @@ def cost(cells: list[dict[str, Any]]) -> str:
         return ""
     memory = max(cell["peak_memory_bytes"] for cell in cells) / 2**20
     return f"{statistics.median(cell['seconds'] for cell in cells):.0f} s, {memory:,.0f} MiB"
-
-
-def one(group: list[dict[str, float]]) -> str:
-    return " / ".join(f"{100 * group[0][key]:.1f}" for key in ("acc", "asr", "ra")) if group else ""
 
 
 def reference(method: str) -> str:

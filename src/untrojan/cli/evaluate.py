@@ -1,6 +1,7 @@
 """`untrojan evaluate`: how a model does on clean images, and on triggered ones where the attack is known."""
 
 import click
+import torch
 from torch import nn
 
 from untrojan.cli.options import (
@@ -56,16 +57,21 @@ def evaluate(
     place = chosen(device)
     with working(quiet):
         images = load_images(test, samples, samples_per_class)
-        earlier = measure(_open(before, net, mean, std, images).to(place), images, known, target) if before else None
-        scores = measure(_open(model, net, mean, std, images).to(place), images, known, target, earlier)
+        earlier = measure(_open(before, net, mean, std, place, images), images, known, target) if before else None
+        scores = measure(_open(model, net, mean, std, place, images), images, known, target, earlier)
     click.echo(scores.model_dump_json(indent=2) if as_json else table(scores))
     return 0
 
 
 def _open(
-    model: str, net: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, images: CleanSet
+    model: str,
+    net: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    place: torch.device,
+    images: CleanSet,
 ) -> nn.Module:
-    network = load(model, net, mean, std)
+    network = load(model, net, mean, std).to(place)
     # Test images, unlike clean ones for a repair, may leave classes out.
     if problems := [problem.text for problem in check(network, images) if problem.error is ModelError]:
         raise ModelError(f"{model}: {'; '.join(problems)}")

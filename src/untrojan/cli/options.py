@@ -314,8 +314,7 @@ def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:
     """Read what every run on a model needs: the network, the clean images, and the file the network came from."""
     given = ctx.params
     source = Checkpoint.read(given["model"])
-    device = chosen(given["device"])
-    network = load(source, given["net"], given["mean"], given["std"]).to(device)
+    network = load(source, given["net"], given["mean"], given["std"]).to(chosen(given["device"]))
     return network, load_images(given["clean"], given["samples"], given["samples_per_class"], given["seed"]), source
 
 
