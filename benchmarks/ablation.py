@@ -32,8 +32,9 @@ from untrojan.lab import zoo
 from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
 from untrojan.model import seeded
-from untrojan.record import Diagnosis, write_atomic
+from untrojan.record import Diagnosis
 from untrojan.scanners.patches import Patches
+from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/ablation")
 PAGE = Path("benchmarks/ablation.md")

@@ -26,8 +26,10 @@ from torch.nn import functional
 
 import untrojan
 from untrojan.model import tapped
-from untrojan.record import Diagnosis, Record, environment, write_atomic
+from untrojan.record import Diagnosis, Record
+from untrojan.run import environment
 from untrojan.sources.nets import SmallVGG
+from untrojan.writing import write_atomic
 
 RECORD = Path("benchmarks/records/cost.json")
 MODEL = SHARED / "checkpoints" / "ibau-cifar10-badnets-t8.pth"

@@ -32,10 +32,11 @@ from untrojan.lab.grid import Grid
 from untrojan.lab.processes import Processes, begin
 from untrojan.lab.runner import run
 from untrojan.lab.victim import poison, train
-from untrojan.record import environment, write_atomic
 from untrojan.report.leaderboard import RATES, read, render, write_parquet
+from untrojan.run import environment
 from untrojan.sources.files import save_state
 from untrojan.sources.nets import build
+from untrojan.writing import write_atomic
 
 RECORD, PAGE = Path("benchmarks/records/grid.json"), Path("benchmarks/grid.md")
 CELLS = Path("benchmarks/records/grid")

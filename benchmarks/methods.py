@@ -31,9 +31,11 @@ from untrojan.defenses.defense import Defense
 from untrojan.device import chosen
 from untrojan.lab.attack import Attack
 from untrojan.lab.victim import poison
-from untrojan.record import Diagnosis, forget_peak_memory, write_atomic
+from untrojan.record import Diagnosis
 from untrojan.registry import discover, make, parse
+from untrojan.run import forget_peak_memory
 from untrojan.sources.files import Checkpoint
+from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/methods")
 STRANGERS = RECORDS / "strangers.json"

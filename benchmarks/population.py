@@ -20,13 +20,14 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.lab.attack import Attack
+from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import Recipe, make_victim
 from untrojan.lab.victim import poison
 from untrojan.model import seeded
-from untrojan.record import write_atomic
 from untrojan.registry import parse
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
+from untrojan.writing import write_atomic
 
 DATA = Path("../shared/data")
 WEIGHTS = Path("runs/population")
@@ -76,12 +77,16 @@ class Member(NamedTuple):
         return source.into(build(self.spec)).eval()
 
     def training_set(self) -> tuple[CleanSet, CleanSet]:
-        """What it is trained on, and the same before it was poisoned."""
+        """What it is trained on, poisoned once and for all, and the same before that."""
         images, _ = images_of(self.data)
-        if self.attack is None:
+        if self.trigger is None:
             return images, images
-        attack = parse(self.attack, "untrojan.lab.attacks", Attack)
-        return poison(images, attack, self.target, self.rate, self.seed), images
+        return poison(images, self.trigger, self.target, self.rate, self.seed), images
+
+    @property
+    def trigger(self) -> Attack | None:
+        """The attack."""
+        return parse(self.attack, "untrojan.lab.attacks", Attack) if self.attack else None
 
     def record(self) -> dict[str, Any]:
         """What is known about it."""
@@ -127,9 +132,9 @@ POISONED = [
         for seed in range(3)
     ),
     *(
-        Member("gtsrb", "small-vgg", 0, attack, 7, rate)
-        for rate in (0.01, 0.001)
-        for attack in ("badnets:pattern=grid", "blend")
+        Member("gtsrb", "resnet18:width=8", 0, attack, 7, rate)
+        for rate in (0.1, 0.01, 0.001)
+        for attack in ("badnets:pattern=grid", "blend", "wanet:s=4,covers=0")
     ),
 ]
 MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED, *POISONED)}
@@ -146,29 +151,20 @@ def images_of(data: str) -> tuple[CleanSet, CleanSet]:
 
 def make(member: Member) -> dict[str, Any]:
     """Train one and measure it."""
-    images, test = images_of(member.data)
-    attack = parse(member.attack, "untrojan.lab.attacks", Attack) if member.attack else None
+    shown, _ = member.training_set()
+    _, test = images_of(member.data)
     with seeded(member.seed):
         net = build(member.spec)
     recipe = RECIPES[member.data]
     start = time.perf_counter()
-    victim = make_victim(
-        net,
-        images,
-        test,
-        attack=attack,
-        target=member.target if attack else None,
-        rate=member.rate,
-        recipe=recipe,
-        seed=member.seed,
-    )
+    victim = make_victim(net, shown, test, recipe=recipe, seed=member.seed)
     seconds = time.perf_counter() - start
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     save_state(WEIGHTS / f"{member.name}.safetensors", victim.model.state_dict())
-    scores = victim.record.scores
+    scores = evaluate(victim.model, test, member.trigger, member.target if member.attack else None)
     return {
         **member._asdict(),
-        "images": len(images),
+        "images": len(shown),
         "epochs": recipe.epochs,
         "lr": recipe.lr,
         "batch_size": recipe.batch_size,

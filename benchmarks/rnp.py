@@ -20,8 +20,8 @@ from cases import CASES, SHARED, Case, measure, test_set, triple
 
 import untrojan
 from untrojan.mask import Mask
-from untrojan.record import write_atomic
 from untrojan.sources.files import Checkpoint
+from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/rnp")
 SAMPLES = 500

@@ -30,8 +30,9 @@ from torch import nn
 import untrojan
 from untrojan.data import CleanSet
 from untrojan.device import chosen
-from untrojan.record import Diagnosis, Rate, write_atomic
+from untrojan.record import Diagnosis, Rate
 from untrojan.sources.files import Checkpoint
+from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/scan")
 CALIBRATION = Path("src/untrojan/scanners/clean_models.json")

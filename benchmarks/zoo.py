@@ -28,8 +28,8 @@ from untrojan.defenses.auto import Auto
 from untrojan.lab.attack import Attack
 from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
 from untrojan.lab.zoo import CLEAN, MANIFEST, Manifest, Member, Zoo, manifest
-from untrojan.record import RECORD, write_atomic
 from untrojan.registry import describe, discover
+from untrojan.writing import RECORD, write_atomic
 
 ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml")]
 IMAGES = Path("runs/zoo-images")

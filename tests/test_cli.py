@@ -31,12 +31,13 @@ from untrojan.cli import run
 from untrojan.defenses.defense import CHANGES, RECORD, REPAIRED, REPORT, Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
-from untrojan.record import Check, Diagnosis, Record, Target, sha256
+from untrojan.record import Check, Diagnosis, Record, Target
 from untrojan.registry import discover, fields
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
+from untrojan.writing import sha256
 
 COMMAND = str(Path(sys.executable).with_name("untrojan"))
 FILES = {REPAIRED, CHANGES, REPORT, RECORD}

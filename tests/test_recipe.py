@@ -15,8 +15,8 @@ from untrojan.lab.attacks.sig import SIG
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import MODEL, Recipe, VictimRecord, make_victim
 from untrojan.lab.victim import poison
-from untrojan.record import RECORD
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.writing import RECORD
 
 PATCH = BadNets(size=2)
 

@@ -1,12 +1,6 @@
-import errno
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,10 +15,6 @@ from untrojan.record import (
     Rate,
     Record,
     ScanRecord,
-    environment,
-    peak_memory,
-    sha256,
-    write_atomic,
 )
 
 MODEL = ModelInfo(state_sha256="a" * 64, architecture="Net", parameters=10, classes=2)
@@ -163,58 +153,3 @@ def test_files_that_cannot_be_read(tmp_path):
         Record.load(tmp_path / "none.json")
     with pytest.raises(RecordError, match=r"cannot read record .*: Is a directory"):
         Record.load(tmp_path)
-
-
-def test_write_atomic(tmp_path):
-    path = tmp_path / "file"
-    for data in (b"one", b"", b"three"):
-        write_atomic(path, data)
-        assert path.read_bytes() == data
-        assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
-
-
-@pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("moment", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_write_atomic_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there, moment, error):
-    path = tmp_path / "file"
-    if there:
-        path.write_bytes(b"old")
-
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(os, "fsync", fail) if moment == "fsync" else monkeypatch.setattr(type(path), "replace", fail)
-    with pytest.raises(type(error)):
-        write_atomic(path, b"new")
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == ([("file", b"old")] if there else [])
-
-
-def test_write_atomic_onto_a_folder(tmp_path):
-    with pytest.raises(OSError, match="file"):
-        write_atomic(tmp_path.joinpath("file", "deeper"), b"new")
-    tmp_path.joinpath("file").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_atomic(tmp_path / "file", b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_surroundings():
-    assert set(environment()) == {"untrojan", "python", "torch", "platform", "threads", "device"}
-    assert all(environment().values())
-    assert peak_memory() > 10**7
-    assert sha256(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-def test_peak_memory_is_that_of_the_process_itself_however_large_the_one_that_started_it():
-    held = torch.zeros(100_000_000)
-    script = "from untrojan.record import peak_memory; print(peak_memory())"
-    child = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
-    assert child < held.nbytes < peak_memory()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="falls back to the resource usage elsewhere")
-def test_peak_memory_without_the_kernels_account(monkeypatch: pytest.MonkeyPatch):
-    real = peak_memory()
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "VmPeak: 1 kB\n")
-    assert peak_memory() >= real

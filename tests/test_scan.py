@@ -12,13 +12,14 @@ from torch import nn
 
 import untrojan
 from untrojan.errors import DataError, ModelError, UnreliableWarning
-from untrojan.record import RECORD, REPORT, SARIF, Diagnosis, ScanRecord, UnlearningPoint, UnlearningRun
+from untrojan.record import Diagnosis, ScanRecord, UnlearningPoint, UnlearningRun
 from untrojan.registry import describe, discover, make
 from untrojan.scanners import neural_cleanse
 from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, Trigger
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
+from untrojan.writing import RECORD, REPORT, SARIF
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 

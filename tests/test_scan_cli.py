@@ -15,11 +15,12 @@ from sarif_schema import SCHEMA
 
 import untrojan.cli.scan
 from untrojan.cli import run
-from untrojan.record import RECORD, REPORT, SARIF, Diagnosis, ScanRecord, Target, sha256
+from untrojan.record import Diagnosis, ScanRecord, Target
 from untrojan.registry import discover, fields
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
+from untrojan.writing import RECORD, REPORT, SARIF, sha256
 
 FILES = {RECORD, REPORT, SARIF}
 NET = "digits-cnn"

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 
 from untrojan.cli import run
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord
-from untrojan.record import RECORD
 from untrojan.registry import fields
+from untrojan.writing import RECORD
 
 CHECKPOINT = ".out.training.safetensors"
 

@@ -18,8 +18,8 @@ from untrojan.lab import zoo as module
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import ATTACK, MODEL, VictimRecord
 from untrojan.lab.zoo import MANIFEST, Manifest, Zoo, fill, load, manifest
-from untrojan.record import RECORD
 from untrojan.sources.files import Checkpoint, save_state
+from untrojan.writing import RECORD
 
 FILE = """
 seeds = [0, 1]

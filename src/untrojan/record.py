@@ -1,33 +1,20 @@
 """The record: one versioned JSON that says what was asked, what was chosen by which rule, and what came out.
 
 Reports, tables and leaderboards are pure functions of records. Fractions are in [0, 1], sizes in bytes, times
-in seconds. A file is written whole or not at all (:func:`write_atomic`), and so is the folder of a run
-(:func:`staged`).
+in seconds.
 """
 
-import contextlib
-import hashlib
 import math
-import os
-import platform
-import re
-import resource
 import statistics
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from untrojan.errors import ConfigError, RecordError
-
-if TYPE_CHECKING:
-    import torch
+from untrojan.errors import RecordError
+from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
 
 SCHEMA_VERSION = 1
-RECORD, REPORT, SARIF = "record.json", "report.html", "findings.sarif"
 Verdict = Literal["found", "not_found", "inconclusive"]
 ChangeKind = Literal["perturbation", "warp", "recoloring"]
 Status = Literal["repaired", "nothing_to_repair", "failed"]
@@ -406,109 +393,3 @@ class ScanRecord(RunRecord):
         with staged(folder, force) as made:
             for name, text in ((REPORT, render(self)), (SARIF, sarif(self)), (RECORD, self.to_json())):
                 write_atomic(made / name, text.encode())
-
-
-def sha256(data: bytes) -> str:
-    """Hash as lower-case hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either what it held before or all of it, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def require_free(folder: Path, force: bool) -> None:
-    """Raise when :func:`staged` would refuse `folder`, so that nobody waits for a run to hear it."""
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; give a folder to write into")
-    if not force and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
-
-
-@contextlib.contextmanager
-def staged(folder: str | Path, force: bool) -> Iterator[Path]:
-    """Give a hidden folder to write a run into; when the block ends it is moved to its place, and else it is gone.
-
-    It is moved whole, or file by file with the record last where the place exists.
-
-    Args:
-        folder: Where the run shall be in the end; what it lies in is made if it is not there.
-        force: Whether that may hold something already.
-
-    Yields:
-        A new folder: beside the destination, or inside of it where that exists.
-
-    Raises:
-        ConfigError: The destination is not empty and `force` is not set.
-    """
-    folder = Path(folder).absolute()
-    require_free(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder if folder.is_dir() else folder.parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
-        made = Path(partial) / folder.name
-        made.mkdir()
-        yield made
-        _move(made, folder)
-
-
-def _move(made: Path, folder: Path) -> None:
-    if not folder.exists():
-        made.rename(folder)
-        return
-    for file in sorted(made.iterdir(), key=lambda file: file.name == RECORD):
-        file.replace(folder / file.name)
-
-
-def environment(device: "torch.device | None" = None) -> dict[str, str]:
-    """Versions and hardware that a result may depend on; without a device, of the CPU."""
-    import torch
-
-    from untrojan import __version__
-
-    return {
-        "untrojan": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device or "cpu"),
-    }
-
-
-def forget_peak_memory() -> None:
-    """Let :func:`peak_memory` count from now on; where that is not Linux, it still counts from the start."""
-    import torch
-
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory(device: "torch.device | None" = None) -> int:
-    """Largest resident size of this process so far, in bytes; on a GPU, the most memory of it that torch has held.
-
-    On Linux the resource usage of a process begins with the size of the one that started it, so the kernel's own
-    account of this process is read there.
-    """
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
-            return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,13 @@
-"""What every run of a method tells its record: which model and images it was given, and which warnings it gave."""
+"""What every run tells its record: model and images, the warnings it gave, the machine, and the memory it took."""
 
+import contextlib
+import platform
+import re
+import resource
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +18,7 @@ from untrojan.record import CleanInfo, ModelInfo
 from untrojan.sources.files import Checkpoint, state_sha256
 
 
-@contextmanager
+@contextlib.contextmanager
 def collected() -> Iterator[list[warnings.WarningMessage]]:
     """Collect untrojan's warnings for the record, and give them to the caller at the end all the same."""
     with warnings.catch_warnings(record=True) as caught:
@@ -63,3 +68,41 @@ def clean_info(clean: CleanSet, classes: int | None) -> CleanInfo:
         per_class=torch.bincount(clean.labels, minlength=classes or 0).tolist(),
         class_names=list(clean.class_names) if clean.class_names else None,
     )
+
+
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Versions and hardware that a result may depend on; without a device, of the CPU."""
+    from untrojan import __version__
+
+    return {
+        "untrojan": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device and device.type == "cuda" else str(device or "cpu"),
+    }
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory` count from now on; where that is not Linux, it still counts from the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Largest resident size of this process so far, in bytes; on a GPU, the most memory of it that torch has held.
+
+    On Linux the resource usage of a process begins with the size of the one that started it, so the kernel's own
+    account of this process is read there.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,8 +15,8 @@ from untrojan.lab.processes import Processes, begin
 from untrojan.lab.runner import Plan, plan
 from untrojan.lab.runner import run as run_cells
 from untrojan.progress import span
-from untrojan.record import write_atomic
 from untrojan.registry import spec
+from untrojan.writing import write_atomic
 
 
 @click.group()

@@ -18,10 +18,11 @@ from untrojan.data import CleanSet
 from untrojan.device import AUTO, chosen
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
-from untrojan.record import RunRecord, require_free
+from untrojan.record import RunRecord
 from untrojan.registry import FieldInfo, fields, make
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
+from untrojan.writing import require_free
 
 Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)

@@ -19,9 +19,10 @@ from untrojan.cli.options import (
 )
 from untrojan.defenses.defense import CHANGES, REPAIRED, Defense
 from untrojan.errors import ConfigError
-from untrojan.record import RECORD, REPORT, Rate, Record
+from untrojan.record import Rate, Record
 from untrojan.registry import discover
 from untrojan.report import finding
+from untrojan.writing import RECORD, REPORT
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))

@@ -18,10 +18,11 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.errors import ConfigError
-from untrojan.record import RECORD, REPORT, SARIF, ScanRecord
+from untrojan.record import ScanRecord
 from untrojan.registry import discover
 from untrojan.report import evidence, finding
 from untrojan.scanners.scanner import Scanner
+from untrojan.writing import RECORD, REPORT, SARIF
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.scanners", Scanner))

@@ -18,11 +18,11 @@ from untrojan.cli.options import (
     seed_option,
     working,
 )
-from untrojan.record import RECORD, REPORT
 from untrojan.registry import parse
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
 from untrojan.scanners.samples import screen as rank
+from untrojan.writing import RECORD, REPORT
 
 
 @click.command()

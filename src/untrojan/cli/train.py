@@ -25,9 +25,9 @@ from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, checkpoint_of, make_victim
 from untrojan.model import seeded
-from untrojan.record import RECORD
 from untrojan.registry import parse
 from untrojan.sources.nets import build
+from untrojan.writing import RECORD
 
 EXIT_CODES = {"trained": 0, "backdoored": 0, "attack_did_not_take": 2}
 

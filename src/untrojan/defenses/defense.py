@@ -26,29 +26,13 @@ from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, logits, require, seeded
 from untrojan.progress import timing
-from untrojan.record import (
-    RECORD,
-    REPORT,
-    Accuracy,
-    Check,
-    Diagnosis,
-    Layer,
-    MethodInfo,
-    Rate,
-    Record,
-    Selection,
-    Status,
-    environment,
-    peak_memory,
-    sha256,
-    staged,
-    write_atomic,
-)
+from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
+from untrojan.writing import RECORD, REPORT, sha256, staged, write_atomic
 
 REPAIRED, CHANGES = "repaired.safetensors", "changes.safetensors"
 

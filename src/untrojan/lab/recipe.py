@@ -21,10 +21,11 @@ from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
 from untrojan.model import require
-from untrojan.record import RECORD, AnyRecord, CleanInfo, ModelInfo, environment, peak_memory, staged, write_atomic
+from untrojan.record import AnyRecord, CleanInfo, ModelInfo
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.sources.files import save_state, state_sha256
+from untrojan.writing import RECORD, staged, write_atomic
 
 MODEL, ATTACK = "model.safetensors", "attack.safetensors"
 HELD_OUT = 0.2

@@ -17,8 +17,8 @@ from untrojan.lab.cell import CellRecord
 from untrojan.lab.grid import Cell
 from untrojan.lab.work import Answer, Job
 from untrojan.progress import stage
-from untrojan.record import write_atomic
 from untrojan.registry import spec
+from untrojan.writing import write_atomic
 
 _TRIES = 2
 

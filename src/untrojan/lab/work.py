@@ -19,8 +19,8 @@ from untrojan.lab.cell import CellRecord, Outcome
 from untrojan.lab.evaluate import Scores, evaluate
 from untrojan.lab.flags import raised
 from untrojan.lab.grid import Case, Cell, Setting
-from untrojan.record import ScanRecord, forget_peak_memory
-from untrojan.run import clean_info
+from untrojan.record import ScanRecord
+from untrojan.run import clean_info, forget_peak_memory
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
 

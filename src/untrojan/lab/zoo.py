@@ -19,10 +19,11 @@ from untrojan.errors import ConfigError, RecordError, UntrojanError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
 from untrojan.model import seeded
-from untrojan.record import RECORD, AnyRecord, sha256, write_atomic
+from untrojan.record import AnyRecord
 from untrojan.registry import discover, make, parse, read_toml
 from untrojan.sources.files import Checkpoint, state_sha256
 from untrojan.sources.nets import NETS, build
+from untrojan.writing import RECORD, sha256, write_atomic
 
 MANIFEST = "manifest.json"
 CLEAN = "clean"

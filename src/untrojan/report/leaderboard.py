@@ -18,7 +18,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from untrojan.errors import RecordError
-from untrojan.record import SCHEMA_VERSION, write_atomic
+from untrojan.record import SCHEMA_VERSION
+from untrojan.writing import write_atomic
 
 RATES = ("acc", "asr", "ra")
 

@@ -15,25 +15,15 @@ from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError
 from untrojan.progress import timing
-from untrojan.record import (
-    RECORD,
-    REPORT,
-    CleanInfo,
-    Diagnosis,
-    MethodInfo,
-    RunRecord,
-    environment,
-    peak_memory,
-    staged,
-    write_atomic,
-)
+from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.detectors.detector import Detector, require_fit
 from untrojan.scanners.detectors.unlearned import Unlearned
 from untrojan.scanners.suspects import Suspects
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint
+from untrojan.writing import RECORD, REPORT, staged, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow

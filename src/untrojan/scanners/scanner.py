@@ -10,9 +10,9 @@ from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.model import logits, require, seeded
 from untrojan.progress import timing
-from untrojan.record import Diagnosis, MethodInfo, ScanRecord, environment, peak_memory
+from untrojan.record import Diagnosis, MethodInfo, ScanRecord
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, model_info, tensors_of
+from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.sources.files import Checkpoint
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.errors import ModelError, RecordError, UnsafeFileError, UntrojanError
-from untrojan.record import sha256, write_atomic
+from untrojan.writing import sha256, write_atomic
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")

@@ -20,9 +20,9 @@ class WaNet(Attack):
     """Bend the image by a smooth, fixed field of shifts.
 
     Shifts are drawn on a coarse grid, divided by their mean size, enlarged by bicubic interpolation, and used to sample
-    the image bilinearly. Images are poisoned anew in every batch. In noise mode, twice as many cover samples as
-    poisoned images get the same warp with a random shift added at each pixel and keep their label, so that the network
-    learns this warp and no other.
+    the image bilinearly. Images are poisoned anew in every batch. In noise mode, as published, twice as many cover
+    samples as poisoned images get the same warp with a random shift added at each pixel and keep their label, so that
+    the network learns this warp and no other.
 
     A faint warp is learned late. A small network that had seen GTSRB eight times had an attack success rate of 5 % at
     the published strength, poisoned once, with covers or without, and of 50 % at `s=2`, poisoned anew in every batch.
@@ -30,6 +30,7 @@ class WaNet(Attack):
     Attributes:
         k: Rows and columns of the coarse grid, at least 1.
         s: Strength of the warp, at least 0: the mean shift in half pixels.
+        covers: Cover samples for each poisoned image, at least 0; with none it is WaNet without noise mode.
         seed: Decides the warp, at least 0.
 
     Example:
@@ -51,10 +52,10 @@ class WaNet(Attack):
     """
 
     name: ClassVar[str] = "wanet"
-    covers: ClassVar[float] = 2.0
 
     k: Annotated[int, Field(ge=1)] = 4
     s: Annotated[float, Field(ge=0)] = 0.5
+    covers: Annotated[float, Field(ge=0)] = 2.0  # pyright: ignore[reportIncompatibleVariableOverride]
     seed: Annotated[int, Field(ge=0)] = 0
 
     def _trigger(self, images: Tensor) -> Tensor:
