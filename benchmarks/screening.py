@@ -1,6 +1,6 @@
 """Every detector of poisoned samples on training sets whose poisoned samples are known.
 
-Every poisoned training set of `population.py` is screened with the model trained on it: all of it, or 2,000 samples
+Every poisoned training set of `population.py` is screened with the model trained on it: all of it, or 1,000 samples
 with the same share of poisoned ones, but at least ten. One JSON per model under `benchmarks/records/screening`; those
 that are there are not run again.
 
@@ -32,7 +32,7 @@ from untrojan.writing import write_atomic
 RECORDS = Path("benchmarks/records/screening")
 DETECTORS = discover("untrojan.scanners.detectors", Detector)
 CLEAN = 500
-SAMPLES = 2000
+SAMPLES = 1000
 LEAST = 10
 
 
@@ -89,7 +89,7 @@ def page() -> Iterator[str]:
     yield "# Detectors of poisoned samples\n"
     yield "Written by `benchmarks/screening.py` from `benchmarks/records/screening`."
     yield "AUROC / TPR at 1 % FPR, in percent, means over seeds. Where a backdoor did not take, there is less to see."
-    yield "Of larger training sets 2,000 samples were screened, with at least ten poisoned ones.\n"
+    yield "Of larger training sets 1,000 samples were screened, with at least ten poisoned ones.\n"
     yield f"| attack | rate | data | network | ASR | samples | poisoned | seeds | {' | '.join(DETECTORS)} |"
     yield f"|---|---|---|---|---|---|---|---|{'---|' * len(DETECTORS)}"
     for (attack, rate, data, net, samples, poisoned), group in groups.items():

@@ -21,7 +21,8 @@ from untrojan.defenses.auto import (
 )
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct, logits
-from untrojan.record import Comparison, Diagnosis, Target
+from untrojan.record import Comparison, Diagnosis, Rate, Target, Trigger
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import Perturbation
 from untrojan.scanners.patches import Patches
 
@@ -50,7 +51,7 @@ class Falls(nn.Module):
 
 
 def triggers(count=3):
-    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    made = _Triggers(Aim(1), (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2, 2, 3, 3]]).repeat(count, 1)
     found = Patches(torch.rand(2, 3, 8, 8), boxes, torch.zeros(count, dtype=torch.int64), torch.ones(count))
     made.add(found, found.at(found.keys[:1]))
@@ -73,6 +74,16 @@ def test_a_planted_square_loses_its_effect():
     assert (logits(repaired, stamped).argmax(1) == TARGET).double().mean() < 0.1
     assert correct(repaired, stamped).double().mean() > 0.8
     assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.03
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_with_a_target_for_every_class_patches_are_unlearned_and_checked():
+    net, clean = build("batchnorm"), make_clean()
+    trigger = Trigger(label=None, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
+    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[trigger])
+    done = Auto(rounds=1, steps=2, search_steps=2, budget=0.99).repair(net, clean, given)
+    assert done.record.values_changed
+    assert [check.name for check in done.record.checks] == ["keeps clean accuracy", "resists recovered patches"]
 
 
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -99,7 +110,7 @@ def test_without_a_label_nothing_is_done(case):
 def test_what_works_is_remembered(falls):
     made = triggers()
     images = torch.rand(64, 3, 8, 8)
-    carriers = made.put_on(images, Falls(falls))
+    carriers = made.put_on(images, torch.zeros(64, dtype=torch.int64), Falls(falls))
     assert carriers.shape == images.shape
     assert carriers.min() >= 0
     assert carriers.max() <= 1
@@ -129,7 +140,7 @@ def pinned(*sides):
 
 
 def test_what_works_best_is_tried_on_every_image_and_half_of_it_is_of_the_first_round():
-    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    made = _Triggers(Aim(1), (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
     clean = CleanSet(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
 
     def sides():
@@ -144,7 +155,7 @@ def test_what_works_best_is_tried_on_every_image_and_half_of_it_is_of_the_first_
 
 
 def test_patches_of_one_pattern_are_tried_once():
-    made = _Triggers(1, (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
+    made = _Triggers(Aim(1), (3, 8, 8), 0.5, torch.Generator().manual_seed(0))
     found, surest = pinned(2, 3)
     made.add(found, surest._replace(which=torch.zeros(2, dtype=torch.int64)))
     made.choose(FallsForWhite(), CleanSet(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)))
@@ -153,7 +164,7 @@ def test_patches_of_one_pattern_are_tried_once():
 
 def test_three_quarters_carry_a_patch_and_the_others_a_perturbation():
     images = torch.rand(400, 3, 8, 8) * 0.5
-    changed = (triggers().put_on(images, Falls(False)) - images).abs() > 1e-6
+    changed = (triggers().put_on(images, torch.zeros(400, dtype=torch.int64), Falls(False)) - images).abs() > 1e-6
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[2:6, 2:6] = True
     outside = changed[:, :, ~inside].any(2).any(1)
@@ -170,7 +181,7 @@ def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
     assert made.shares.argmax() == 1
     assert made.shares[0] == made.shares[2] > 0
     images = torch.rand(64, 3, 8, 8)
-    carriers = made.put_on(images, Falls(False))
+    carriers = made.put_on(images, torch.zeros(64, dtype=torch.int64), Falls(False))
     assert carriers.shape == images.shape
     assert carriers.min() >= 0
     assert carriers.max() <= 1

@@ -8,6 +8,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.record import Comparison
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Perturbations, Recolorings, Warps, compare, of_each_kind, with_others
 
 KINDS = [Perturbations, Warps, Recolorings]
@@ -78,7 +79,7 @@ def test_strength_is_never_exceeded_and_reached_by_climbing(kind):
     made = kind(SHAPE, strengths, generator())
     assert torch.allclose(size(made), 0.5 * strengths)
     for _ in range(8):
-        made.climb(Shine(), torch.rand(16, *SHAPE), 1)
+        made.climb(Shine(), torch.rand(16, *SHAPE), torch.zeros(16, dtype=torch.int64), Aim(1))
         assert (size(made) <= strengths * (1 + 1e-5)).all()
     if kind is not Warps:  # which hardly change how bright an image is
         assert torch.allclose(size(made), strengths)
@@ -87,12 +88,13 @@ def test_strength_is_never_exceeded_and_reached_by_climbing(kind):
 @pytest.mark.parametrize("kind", [Perturbations, Recolorings])
 def test_climbing_sends_images_to_the_label(kind):
     images = 0.5 * torch.rand(64, *SHAPE) + 0.25
+    shown = CleanSet(images, torch.zeros(64, dtype=torch.int64))
     made = kind(SHAPE, torch.full((2,), {"perturbation": 3.0, "recoloring": 0.25}[kind.name]), generator())
-    _, before = made.best(Shine(), images, 1)
+    _, before = made.best(Shine(), shown, Aim(1))
     for _ in range(10):
-        made.climb(Shine(), images, 1)
+        made.climb(Shine(), images, shown.labels, Aim(1))
     assert before < 0.5
-    best, share = made.best(Shine(), images, 1)
+    best, share = made.best(Shine(), shown, Aim(1))
     assert share == 1
     assert (Shine()(made.changed(images, best.expand(64, *best.shape[1:]))).argmax(1) == 1).all()
     assert made.reach > 0.7
@@ -119,7 +121,7 @@ def test_climbing_leaves_the_model_alone():
     net = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(192, 3))
     weights = [parameter.clone() for parameter in net.parameters()]
     for made in of_each_kind(SHAPE, 0.5, generator()):
-        made.climb(net, torch.rand(8, *SHAPE), 1)
+        made.climb(net, torch.rand(8, *SHAPE), torch.zeros(8, dtype=torch.int64), Aim(1))
     assert net.training
     assert all(torch.equal(one, other) for one, other in zip(weights, net.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in net.parameters())

@@ -7,6 +7,7 @@ from tiny import FallsForSquare, make_dark
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import _at_most, keeps_accuracy, resists_changes, resists_patches, resists_perturbation
 from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
+from untrojan.scanners.aim import Aim
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
@@ -28,6 +29,32 @@ def test_a_model_that_falls_for_another_patch_fails():
     done = resists_patches(FallsForSquare(), FallsForSquare(place=4), make_dark(), GIVEN, 0)
     assert not done.passed
     assert "and 0% now" in done.detail
+
+
+class Turns(torch.nn.Module):
+    """Says whether the upper half is the brighter one, and the other way round where a square is white."""
+
+    def __init__(self, backdoor):
+        super().__init__()
+        self.backdoor = backdoor
+
+    def forward(self, images):
+        upper = 40 * (images[:, 0, :8].mean((1, 2)) - images[:, 0, 8:].mean((1, 2)))
+        square = images[:, :, 12:14, 12:14].mean((1, 2, 3))
+        turned = upper * (1 - 2 * self.backdoor * (10 * (square - 0.92)).clamp(0, 0.5) * 2)
+        return torch.stack([turned, -turned, torch.full_like(turned, -9)], dim=1)
+
+
+@pytest.mark.parametrize(("left", "passed"), [(1.0, False), (0.0, True)])
+def test_a_patch_with_a_target_for_every_class_must_have_lost_its_effect(left, passed):
+    trigger = Trigger(label=None, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
+    given = GIVEN.model_copy(update={"triggers": [trigger]})
+    assert given.suspect is None
+    clean = make_gray()
+    clean = CleanSet(clean.images, clean.labels // 2)
+    done = resists_patches(Turns(1.0), Turns(left), clean, given, 0)
+    assert done.passed == passed, done.detail
+    assert "of the images to another label in the original" in done.detail
 
 
 class Leans(torch.nn.Module):
@@ -124,4 +151,4 @@ def test_the_loss_is_told_with_its_interval():
 @pytest.mark.parametrize(("share", "passed"), [(0.5, True), (0.53, True), (0.6, False)])
 def test_a_share_counts_beyond_its_noise(share, passed):
     clean = CleanSet(torch.zeros(1000, 1, 4, 4), torch.zeros(1000, dtype=torch.int64))
-    assert _at_most(0.5, share, clean, 1) == passed
+    assert _at_most(0.5, share, clean, Aim(1)) == passed

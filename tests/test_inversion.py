@@ -6,6 +6,7 @@ from tiny import NETS, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import _onto_l1_ball, universal
 
 
@@ -31,23 +32,23 @@ def images():
 
 def test_it_finds_the_backdoor_and_little_else(images):
     model, clean_model = Backdoored(9.0), Backdoored(0.0)
-    found = universal(model, images, label=1, seed=0)
-    assert found.success(model, images, label=1) >= 0.9
+    found = universal(model, images, Aim(1), seed=0)
+    assert found.success(model, images, Aim(1)) >= 0.9
     assert found.values[0, -1, -1] > 0.1
     assert found.values.abs().sum() <= found.norm + 1e-4
-    assert found.success(clean_model, images, label=1) <= 0.1
+    assert found.success(clean_model, images, Aim(1)) <= 0.1
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_model_is_left_alone(name):
     net = build(name)
     before = Snapshot(net)
-    universal(net, make_clean(24), label=0, seed=0)
+    universal(net, make_clean(24), Aim(0), seed=0)
     before.assert_same()
 
 
 def test_same_seed_same_perturbation(images):
-    first, second = (universal(Backdoored(3.0), images, label=1, seed=5).values for _ in range(2))
+    first, second = (universal(Backdoored(3.0), images, Aim(1), seed=5).values for _ in range(2))
     assert torch.equal(first, second)
 
 

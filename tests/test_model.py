@@ -10,7 +10,7 @@ from torch import nn
 from untrojan import model as model_module
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.model import Normalize, check, correct, faster, logits, mode, require, seeded, share_sent
+from untrojan.model import Normalize, check, correct, faster, logits, mode, require, seeded
 
 
 class Returns(nn.Module):
@@ -187,29 +187,6 @@ def test_the_table_of_tiny_nets_is_deterministic():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match="expected a seed of at least 0, got -1"), seeded(-1):
         pass
-
-
-class SaysBright(nn.Module):
-    """Says 1 where the image is bright; in training mode, always."""
-
-    def forward(self, images):
-        bright = images.mean((1, 2, 3)) if not self.training else torch.ones(len(images))
-        return torch.stack([torch.full_like(bright, 0.5), bright], 1)
-
-
-@pytest.mark.parametrize(("label", "share"), [(1, 0.5), (0, 0.0), (2, 0.0)])
-def test_the_share_sent_is_of_images_of_other_classes(label, share):
-    """Of two images of class 0 one becomes bright enough; those of class 1 do not count."""
-    images = torch.tensor([0.1, 0.4, 0.6, 0.9]).view(4, 1, 1, 1).expand(-1, -1, 2, 2)
-    clean = CleanSet(images, torch.tensor([0, 0, 1, 1]))
-    net = SaysBright().train()
-    assert share_sent(net, clean, label, lambda batch: (batch + 0.2).clamp(0, 1)) == share
-    assert net.training
-
-
-def test_no_share_is_sent_where_all_are_of_the_label():
-    clean = CleanSet(torch.rand(3, 1, 2, 2), torch.ones(3, dtype=torch.int64))
-    assert share_sent(SaysBright(), clean, 1, torch.ones_like) == 0
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 from tiny import NETS, SQUARE, FallsForSquare, Snapshot, build, make_clean, make_dark
 
 from untrojan.data import CleanSet
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.patches import BoxDraws, HardPatch, Patches, pinpoint, search, smallest
 
 
@@ -23,35 +24,35 @@ def some(strength, boxes=((2, 3, 1, 1), (4, 4, 0, 2), (2, 2, 5, 5))):
 def test_the_square_is_found():
     images = make_dark()
     model = FallsForSquare()
-    found = search(model, images, 1, generator())
+    found = search(model, images, Aim(1), generator())
     assert found.strength.mean() > 0.1
-    patch = smallest(model, images, 1, found)
-    assert patch.success == patch.success_on(model, images, 1) >= 0.95
+    patch = smallest(model, images, Aim(1), found)
+    assert patch.success == patch.success_on(model, images, Aim(1)) >= 0.95
     height, width = patch.values.shape[1:]
     assert height * width <= 6
     assert patch.top <= SQUARE
     assert patch.top + height >= SQUARE + 2
     assert patch.left <= SQUARE
     assert patch.left + width >= SQUARE + 2
-    assert patch.success_on(FallsForSquare(0.0), images, 1) == 0
+    assert patch.success_on(FallsForSquare(0.0), images, Aim(1)) == 0
 
 
 def test_without_a_backdoor_no_patch_is_strong():
     images = make_dark()
-    assert search(FallsForSquare(0.0), images, 1, generator()).strength.max() < 0.5
+    assert search(FallsForSquare(0.0), images, Aim(1), generator()).strength.max() < 0.5
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_model_is_left_alone(name):
     net = build(name)
     before = Snapshot(net)
-    search(net, make_clean(24), 0, generator(), steps=5)
+    search(net, make_clean(24), Aim(0), generator(), steps=5)
     before.assert_same()
 
 
 def test_same_seed_same_patches():
     images = make_dark()
-    first, second = (search(FallsForSquare(), images, 1, generator(3), steps=20) for _ in range(2))
+    first, second = (search(FallsForSquare(), images, Aim(1), generator(3), steps=20) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
@@ -60,7 +61,7 @@ def test_known_places_are_tried_again():
     known = Patches(torch.ones(1, 1, 16, 16), torch.tensor([[2, 2, 9, 9]]), torch.tensor([0]), torch.tensor([1.0]))
 
     def near(where):
-        boxes = search(FallsForSquare(0.0), images, 1, generator(), where, steps=10).boxes
+        boxes = search(FallsForSquare(0.0), images, Aim(1), generator(), where, steps=10).boxes
         return (boxes[:, 2:] - 9).abs().le(2).all(1).double().mean()
 
     assert near(known) > near(None) + 0.15
@@ -68,7 +69,7 @@ def test_known_places_are_tried_again():
 
 def test_few_steps_and_few_images():
     images = make_dark()
-    found = search(FallsForSquare(), images.take([0, 1]), 1, generator(), steps=1)
+    found = search(FallsForSquare(), images.take([0, 1]), Aim(1), generator(), steps=1)
     assert len(found.boxes) == 64
     assert ((found.strength >= 0) & (found.strength <= 1)).all()
 
@@ -90,14 +91,16 @@ class FallsForExactly(FallsForSquare):
 def test_climbing_ends_on_the_very_square_even_where_it_does_no_harm_any_more(backdoor):
     images, model = make_dark(), FallsForExactly(backdoor)
     start = Patches(torch.ones(1, 1, 16, 16), torch.tensor([[4, 4, 7, 7]]), torch.tensor([0]), torch.tensor([1.0]))
-    found = pinpoint(model, images, 1, start, generator())
+    found = pinpoint(model, images, Aim(1), start, generator())
     assert found.keys[0].tolist() == [2, 2, SQUARE, SQUARE, 0]
     assert len(found.boxes) == 2
 
 
 def test_two_patches_of_each_pattern_are_kept():
     images = make_dark()
-    found = pinpoint(FallsForSquare(), images, 1, search(FallsForSquare(), images, 1, generator()), generator())
+    found = pinpoint(
+        FallsForSquare(), images, Aim(1), search(FallsForSquare(), images, Aim(1), generator()), generator()
+    )
     assert found.which.bincount().tolist() == [2] * len(found.patterns)
     assert len(found.keys.unique(dim=0)) == len(found.boxes)
 
@@ -175,7 +178,7 @@ def test_the_smallest_patch_that_reaches_enough_wins():
     images = make_dark()
     boxes = torch.tensor([[4, 4, 8, 8], [2, 2, 9, 9], [1, 1, 9, 9], [3, 3, 8, 8]])
     patches = Patches(torch.ones(1, 1, 16, 16), boxes, torch.zeros(4, dtype=torch.int64), torch.ones(4))
-    patch = smallest(FallsForSquare(), images, 1, patches)
+    patch = smallest(FallsForSquare(), images, Aim(1), patches)
     assert (patch.top, patch.left, patch.values.shape, patch.success) == (9, 9, (1, 2, 2), 1.0)
     assert str(patch) == "a patch of 2x2 pixels at row 9, column 9"
 
@@ -184,7 +187,7 @@ def test_where_none_reaches_enough_the_strongest_is_given():
     images = make_dark()
     boxes = torch.tensor([[2, 2, 0, 0], [1, 1, 9, 9]])
     patches = Patches(torch.zeros(1, 1, 16, 16), boxes, torch.zeros(2, dtype=torch.int64), torch.ones(2))
-    patch = smallest(FallsForSquare(0.0), images, 1, patches)
+    patch = smallest(FallsForSquare(0.0), images, Aim(1), patches)
     assert (patch.top, patch.left) == (0, 0)
 
 
@@ -206,7 +209,7 @@ def test_climbing_goes_on_from_where_an_earlier_climb_ended():
     patterns = torch.cat([torch.zeros(2, 1, 8, 8), torch.ones(1, 1, 8, 8)])
     far = Patches(patterns, torch.tensor([[1, 1, 0, 0]]), torch.tensor([2]), torch.ones(1))
     near = Patches(patterns[1:], torch.tensor([[2, 2, 5, 5]]), torch.tensor([1]), torch.ones(1))
-    there = pinpoint(Square(), clean, 1, far, torch.Generator().manual_seed(0), near)
+    there = pinpoint(Square(), clean, Aim(1), far, torch.Generator().manual_seed(0), near)
     square = torch.tensor([2, 2, 6, 6])
     assert any((boxes[2:] <= square[2:]).all() and (boxes[:2] + boxes[2:] >= 8).all() for boxes in there.boxes)
     assert (there.which == 2).any()

@@ -268,6 +268,9 @@ def reaching(*far: float, known: int = 0, kind: str = "patch") -> Diagnosis:
     )
 
 
+ALL_TO_ALL = reaching(1.5, *[0.1] * 9).model_copy(
+    update={"triggers": [reaching(1.5, *[0.1] * 9).triggers[0].model_copy(update={"label": None})]}
+)
 COMPARED = reaching(0.2, *[0.1] * 9).model_copy(
     update={
         "comparisons": [
@@ -449,6 +452,7 @@ def test_same_record_gives_the_same_page(pages):
             "Backdoor found: target labels 2 (bird), 4 (deer).",
             "✕ Found",
         ),
+        (scanned(ALL_TO_ALL), "Backdoor found, with a target for every class and no single one.", "✕ Found"),
         (scanned(CLEARED), "No backdoor found.", "✓ Not found"),
         (
             scanned(patches([40, 41, 30], missed=(0,))),

@@ -10,9 +10,23 @@ from PIL import Image
 from torch import nn
 
 from untrojan.data import CleanSet
+from untrojan.model import logits
 from untrojan.record import Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import bounded
-from untrojan.scanners.triggers import ALIKE, FAINT, FAR, FURTHER, MOST, SIZES, TriggerScanner, judge, targets_of
+from untrojan.scanners.triggers import (
+    ALIKE,
+    FAINT,
+    FAR,
+    FURTHER,
+    MOST,
+    SIZES,
+    TriggerScanner,
+    _halves,
+    _Look,
+    judge,
+    targets_of,
+)
 from untrojan.scanners.unlearning import diagnose
 
 SIDE, CLASSES = 16, 4
@@ -22,8 +36,8 @@ QUICK = TriggerScanner(runs=2, unlearn_epochs=3, search_steps=30, refine_steps=4
 class Bands(nn.Module):
     """Says which of four bands of rows is bright, unless a trigger is there.
 
-    `squares` maps the place of a white square of 2x2 pixels, dark to its right, to the label that it leads to, or to
-    "next" for the label after that of the image; `faint` is the label that a faint checkerboard leads to.
+    `squares` maps the place of a white square of 2x2 pixels, dark to its right, to the label that it leads to; `faint`
+    is the label that a faint checkerboard leads to.
     """
 
     def __init__(self, squares=None, faint=None):
@@ -40,11 +54,20 @@ class Bands(nn.Module):
         for place, label in self.squares.items():
             left, right = gray[:, place : place + 2, place : place + 4].chunk(2, 2)
             white = 60 * (left.mean((1, 2)) - right.mean((1, 2)) - 0.6)
-            wanted = out.roll(1, 1) if label == "next" else nn.functional.one_hot(torch.tensor(label), CLASSES).float()
+            wanted = nn.functional.one_hot(torch.tensor(label), CLASSES).float()
             out = out + nn.functional.softplus(white)[:, None] * wanted
         if self.faint is not None:
             out[:, self.faint] += 50 * (gray * self.board).sum((1, 2)).clamp(-0.3, 0.3)
         return out
+
+
+class NextForWhite(Bands):
+    """A white square leads to the label after that of the image."""
+
+    def forward(self, images):
+        out = super().forward(images)
+        white = 60 * (images[:, 0, 9:11, 9:11].mean((1, 2)) - 0.85)
+        return out + nn.functional.softplus(white)[:, None] * out.roll(1, 1)
 
 
 @pytest.fixture
@@ -147,9 +170,23 @@ def test_two_targets_are_both_named(images):
 
 
 def test_no_single_target_is_invented_where_every_class_has_one(images):
-    found = QUICK.scan(Bands({9: "next"}), images)
-    assert found.verdict != "found"
-    assert found.triggers == []
+    dim = CleanSet(0.7 * images.images, images.labels)
+    found = QUICK.scan(NextForWhite(), dim)
+    assert (found.verdict, found.found, found.suspect) == ("found", [], None)
+    assert found.all_to_all
+    [trigger] = found.triggers
+    assert (trigger.label, trigger.kind, trigger.success.total) == (None, "patch", 36)
+    assert trigger.success.value >= MOST
+    assert picture(trigger.picture).getpixel((9, 9))[3] == 255
+    assert all(reach.far < 1 for reach in found.reaches)
+
+
+def test_a_patch_that_moves_all_images_to_one_label_is_not_one_with_a_target_for_each(images):
+    """To most of its labels such a square moves nothing, and the one that it leads to is not reached too far."""
+    model, scanner = Bands({9: 2}), QUICK
+    out = logits(model, images)
+    look = _Look(model, *_halves(CleanSet(images.images, out.argmax(1)), 0), CLASSES, 0)
+    assert look.without_target(scanner.refine_steps) == []
 
 
 def test_what_is_measured_is_on_images_that_the_search_did_not_see(images):
@@ -255,6 +292,6 @@ def test_other_settings_are_not_calibrated(images):
 @pytest.mark.parametrize("ball", ["l1", "l2"])
 def test_a_perturbation_keeps_to_its_norm(images, ball):
     norm = {"l1": 6.0, "l2": 0.4}[ball]
-    found = bounded(Bands(faint=1), images, 1, norm, torch.Generator().manual_seed(0), ball, steps=15)
+    found = bounded(Bands(faint=1), images, Aim(1), norm, torch.Generator().manual_seed(0), ball, steps=15)
     assert found.values.norm(p=int(ball[1])) <= norm + 1e-4
-    assert found.success(Bands(faint=1), images, 1) > found.success(Bands(), images, 1)
+    assert found.success(Bands(faint=1), images, Aim(1)) > found.success(Bands(), images, Aim(1))

@@ -255,30 +255,6 @@ def _multiplies_bfloat16(device: str) -> bool:
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def share_sent(model: nn.Module, clean: CleanSet, label: int, change: Callable[[Tensor], Tensor]) -> float:
-    """Measure which share of the images of other classes get a label once they are changed; 0 where there are none.
-
-    Args:
-        model: The network; it is run in evaluation mode and not changed.
-        clean: The images.
-        label: Where they are to go.
-        change: What is done to a batch `(N, C, H, W)` before.
-
-    Example:
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-        >>> clean = CleanSet(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
-        >>> 0 <= share_sent(net, clean, 1, torch.zeros_like) <= 1
-        True
-    """
-    reachable = clean.labels != label
-    if not reachable.any():
-        return 0.0
-    others = clean.take(reachable)
-    with mode(model, training=False), torch.no_grad():
-        hits = sum(int((model(change(images)).argmax(1) == label).sum()) for images, _ in others.batches(100))
-    return hits / len(others)
-
-
 class Problem(NamedTuple):
     """Something that keeps a model and a clean set from being used together."""
 

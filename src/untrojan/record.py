@@ -167,13 +167,14 @@ class Reach(_Part):
 class Trigger(_Part):
     """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
 
-    `success` is the share of images of another label that it sends there, on images that the search did not see.
+    Where `label` is `None`, it sends images of each class to a label of their own. `success` is the share of images of
+    another label that it sends there, on images that the search did not see.
     `picture` is a PNG in base64: a patch, transparent where images stay as they are; a perturbation, amplified around
     gray; a chessboard, warped; ramps of each channel and white, recolored. `examples` shows some clean images above the
     same with the trigger.
     """
 
-    label: int
+    label: int | None
     kind: Literal["patch"] | ChangeKind
     what: str
     success: Rate
@@ -228,11 +229,16 @@ class Diagnosis(_Part):
     @property
     def found(self) -> list[int]:
         """The labels found: those with a trigger or a patch that is too small, or else the first."""
-        if self.verdict != "found":
+        if self.verdict != "found" or self.all_to_all:
             return []
         shown = {each.label for each in self.triggers} | {each.label for each in self.patches if each.too_small}
         labels = [target.label for target in self.targets]
         return [label for label in labels if label in shown] or labels[:1]
+
+    @property
+    def all_to_all(self) -> bool:
+        """Whether the trigger found has no single target, but one for each class."""
+        return any(each.label is None for each in self.triggers)
 
     def spread_over(self, label: int) -> float | None:
         """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
@@ -241,8 +247,10 @@ class Diagnosis(_Part):
 
     @property
     def suspect(self) -> int | None:
-        """The label that the scan puts first, unless it cleared the model or could not tell labels apart."""
-        return self.targets[0].label if self.targets and self.verdict != "not_found" else None
+        """The label that the scan puts first, unless it cleared the model, could not tell labels apart, or all are."""
+        if self.verdict == "not_found" or self.all_to_all or not self.targets:
+            return None
+        return self.targets[0].label
 
 
 class CurvePoint(_Part):

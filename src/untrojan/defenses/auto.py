@@ -23,6 +23,7 @@ from untrojan.fit import fit
 from untrojan.model import faster
 from untrojan.progress import stage
 from untrojan.record import Comparison, Diagnosis
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, box_masks, pinpoint, search, strengths
@@ -123,31 +124,32 @@ class Auto(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Search and unlearn in turns."""
-        label = reachable(diagnosis, clean)
-        if label is None:
+        aim = reachable(diagnosis, clean)
+        if aim is None:
             warnings.warn(UnreliableWarning("there is no label to search triggers for"), stacklevel=2)
             return model
         generator = new_generator(seed)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         teacher, student = faster(teacher, clean), faster(model, clean)
-        local = any(each.label == label and each.kind == "patch" for each in diagnosis.triggers)
+        local = any(each.label == aim.label and each.kind == "patch" for each in diagnosis.triggers)
         norm = (1 if local else 2) * faint(diagnosis, clean)
-        triggers = _Triggers(label, clean.shape, norm, generator)
-        reached = [each for each in diagnosis.comparisons if each.label == label]
-        triggers.weigh(reached or against_others(model, clean, label, norm, generator), local)
+        triggers = _Triggers(aim, clean.shape, norm, generator)
+        if aim.label is not None:
+            reached = [each for each in diagnosis.comparisons if each.label == aim.label]
+            triggers.weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
         surest: Patches | None = None
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
-            found = search(student, clean, label, generator, triggers.patches, self.search_steps, detail)
-            surest = pinpoint(student, clean, label, found, generator, surest, detail)
+            found = search(student, clean, aim, generator, triggers.patches, self.search_steps, detail)
+            surest = pinpoint(student, clean, aim, found, generator, surest, detail)
             triggers.add(found, surest)
             triggers.choose(student, clean)
             if triggers.spread:
                 triggers.climb_anew(student, clean, detail)
             else:
                 few = FEW_PIXELS * clean.images[0].numel()
-                triggers.faint.append(bounded(student, clean, label, few, generator))
+                triggers.faint.append(bounded(student, clean, aim, few, generator))
             lr = self.lr * (2 * (1 - number / self.rounds) + (1 if triggers.spread else 0.25))
             self._unlearn(student, teacher, average, clean, triggers, lr, detail)
         return average.module
@@ -165,12 +167,13 @@ class Auto(Tuning):
         generator = triggers.generator
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            plain, carriers = images.chunk(2)
-            if triggers.spread:
-                triggers.climb_one(student, carriers)
-            carriers = triggers.put_on(carriers, student)
             with torch.no_grad():
                 wanted = teacher(images)
+            plain, carriers = images.chunk(2)
+            own = wanted.argmax(1)[len(plain) :]
+            if triggers.spread:
+                triggers.climb_one(student, carriers, own)
+            carriers = triggers.put_on(carriers, own, student)
             out = student(torch.cat([plain, carriers]))
             return 2 * functional.kl_div(
                 out.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
@@ -202,8 +205,8 @@ class Auto(Tuning):
 class _Triggers:
     """What all rounds found, and how strong each of it still is."""
 
-    def __init__(self, label: int, shape: tuple[int, int, int], norm: float, generator: torch.Generator) -> None:
-        self.label = label
+    def __init__(self, aim: Aim, shape: tuple[int, int, int], norm: float, generator: torch.Generator) -> None:
+        self.aim = aim
         self.generator = generator
         self.boxes = BoxDraws(*shape[1:], generator)
         self.patches = Patches.none(shape)
@@ -227,19 +230,18 @@ class _Triggers:
 
     def climb_anew(self, student: nn.Module, clean: CleanSet, detail: str) -> None:
         """Begin anew with half of the changes of each kind, and move all of them some steps."""
-        others = clean.take(clean.labels != self.label)
         for each in self.changes:
             each.begin(torch.rand(AT_ONCE, generator=self.generator) < 0.5)
         with stage("search changes", total=STEPS, detail=detail) as advance:
-            for images, _ in others.draws(BATCH, STEPS, self.generator):
+            for images, own in self.aim.others(clean).draws(BATCH, STEPS, self.generator):
                 for each in self.changes:
-                    each.climb(student, images, self.label)
+                    each.climb(student, images, own, self.aim)
                 advance()
 
-    def climb_one(self, student: nn.Module, images: Tensor) -> None:
+    def climb_one(self, student: nn.Module, images: Tensor, own: Tensor) -> None:
         """Move the changes of one kind, drawn at random, a step further."""
         kind = int(torch.randint(len(self.changes), (1,), generator=self.generator))
-        self.changes[kind].climb(student, images, self.label)
+        self.changes[kind].climb(student, images, own, self.aim)
 
     def add(self, found: Patches, surest: Patches) -> None:
         """Add what a search found, and the patches with which the network is surest."""
@@ -255,28 +257,28 @@ class _Triggers:
         Half of them are of the first round, because that searched the original, and what it climbed to may be the very
         trigger, which the network would fall for again if it were not shown.
         """
-        others = clean.take(clean.labels != self.label)
-        shown = others.some(JUDGED, self.generator).floats()
+        shown = self.aim.others(clean).some(JUDGED, self.generator)
         _, pattern = self.patches.patterns.unique(dim=0, return_inverse=True)
         first, *later = self.pinned
         chosen: dict[int, int] = {}
         for rows, most in ((first, ALWAYS // 2 if later else ALWAYS), (torch.cat([first[:0], *later]), ALWAYS)):
             pinned = self.patches.at(self.patches.keys[rows])
-            pinned = pinned._replace(strength=strengths(student, shown, self.label, pinned))
+            pinned = pinned._replace(strength=strengths(student, shown, self.aim, pinned))
             for row in rows[pinned.weights.argsort(descending=True)].tolist():
                 if len(chosen) < most:
                     chosen.setdefault(int(pattern[self.patches.which[row]]), row)
         self.always = torch.tensor([*chosen.values()])
 
-    def put_on(self, images: Tensor, student: nn.Module) -> Tensor:
+    def put_on(self, images: Tensor, own: Tensor, student: nn.Module) -> Tensor:
         """Give each image a perturbation of few pixels or a change of the whole, or else the best of a few patches."""
         if not self.spread:
             split = int(PERTURBED * len(images))
-            return torch.cat([self._perturbed(images[:split]), self._patched(images[split:], student)])
+            return torch.cat([self._perturbed(images[:split]), self._patched(images[split:], own[split:], student)])
         ends = (len(images) * self.shares.cumsum(0)).round().long()
         *parts, rest = images.tensor_split(ends.tolist())
         put = [each.put_on(part, 0.5, LONGEST) for each, part in zip(self.changes, parts, strict=True)]
-        return _distracted(torch.cat([*put, self._patched(rest, student)]), images, self.generator)
+        rest = self._patched(rest, own[len(images) - len(rest) :], student)
+        return _distracted(torch.cat([*put, rest]), images, self.generator)
 
     def _perturbed(self, images: Tensor) -> Tensor:
         values = torch.stack([each.values for each in self.faint])
@@ -284,7 +286,7 @@ class _Triggers:
         length = LONGEST * torch.rand(len(images), 1, 1, 1, generator=self.generator)
         return (images + length * chosen).clamp(0, 1)
 
-    def _patched(self, images: Tensor, student: nn.Module) -> Tensor:
+    def _patched(self, images: Tensor, own: Tensor, student: nn.Module) -> Tensor:
         known = self.patches
         weights = self.now**2 + REMEMBERED * known.strength**2 + TINY
         count = len(images)
@@ -299,7 +301,8 @@ class _Triggers:
         tried = known.at(keys)
         stamped = tried.stamp(images.repeat(len(rows) // count, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
-            strength = student(stamped).softmax(1)[:, self.label].nan_to_num(0)
+            out = student(stamped)
+        strength = self.aim.probability(out, own.repeat(len(rows) // count)).nan_to_num(0)
         self._update(rows[~varied], strength[~varied])
         new = varied & (strength > 0.5)
         self.patches = known.added(keys[new], strength[new])

@@ -9,6 +9,7 @@ from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
@@ -33,10 +34,17 @@ def losses(right: Tensor, now: Tensor) -> Tensor:
     return right.double() - now.double()
 
 
-def reachable(diagnosis: Diagnosis, clean: CleanSet) -> int | None:
-    """Give the suspected label if there are images of other classes, which a trigger could send there."""
+def reachable(diagnosis: Diagnosis, clean: CleanSet) -> Aim | None:
+    """Tell where a trigger sends images by what a scan found, if there are images that it could send there."""
+    if diagnosis.all_to_all:
+        return Aim(None)
     label = diagnosis.suspect
-    return None if label is None or bool((clean.labels == label).all()) else label
+    return None if label is None or bool((clean.labels == label).all()) else Aim(label)
+
+
+def _judges(model: nn.Module, clean: CleanSet, aim: Aim) -> CleanSet:
+    """The images that tell what a trigger does: what the model gets wrong by itself was not sent away by one."""
+    return CleanSet(clean.images, logits(model, clean).argmax(1)) if aim.label is None else clean
 
 
 def keeps_accuracy(judged: Tensor, everywhere: Tensor, budget: float, held_out: bool) -> Check:
@@ -73,17 +81,17 @@ def resists_perturbation(
 ) -> Check:
     """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
     name = "resists a recovered perturbation"
-    label = reachable(diagnosis, clean)
-    if label is None:
+    aim = reachable(diagnosis, clean)
+    if aim is None or aim.label is None:
         return Check(name=name, passed=False, detail="there is no label to recover a perturbation into")
-    allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    allowed = _twice_fair(model, clean)
     passed, told = True, []
-    for ball, found in _perturbations(model, clean, label, diagnosis, seed):
-        before, after = (found.success(each, clean, label) for each in (model, repaired))
-        passed = passed and _at_most(allowed, after, clean, label)
+    for ball, found in _perturbations(model, clean, aim, diagnosis.spread_over(aim.label), seed):
+        before, after = (found.success(each, clean, aim) for each in (model, repaired))
+        passed = passed and _at_most(allowed, after, clean, aim)
         told.append(
-            f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to label {label} in "
-            f"the original sends {after:.0%} there now"
+            f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to {aim} in the "
+            f"original sends {after:.0%} there now"
         )
     return Check(
         name=name, passed=passed, detail=f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
@@ -91,35 +99,35 @@ def resists_perturbation(
 
 
 def _perturbations(
-    model: nn.Module, clean: CleanSet, label: int, diagnosis: Diagnosis, seed: int
+    model: nn.Module, clean: CleanSet, aim: Aim, norm: float | None, seed: int
 ) -> Iterator[tuple[str, Perturbation]]:
     """The smallest in few pixels and, where the scan found the trigger spread over the image, one that is spread."""
-    yield "l1", universal(model, clean, label, seed)
-    norm = diagnosis.spread_over(label)
+    yield "l1", universal(model, clean, aim, seed)
     if norm is not None:
-        yield "l2", bounded(model, clean, label, norm, new_generator(seed), "l2")
+        yield "l2", bounded(model, clean, aim, norm, new_generator(seed), "l2")
 
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """The small patch of full opacity that the original falls for must have lost its effect, and leave no other."""
     name = "resists recovered patches"
-    label = reachable(diagnosis, clean)
-    if label is None:
+    aim = reachable(diagnosis, clean)
+    if aim is None:
         return Check(name=name, passed=False, detail="there is no label to recover patches for")
     generator = new_generator(seed + 1)
-    found = search(model, clean, label, generator)
-    patch = smallest(model, clean, label, found)
-    now = patch.success_on(repaired, clean, label)
-    again = search(repaired, clean, label, generator, known=found)
+    allowed = FOUND_AGAIN if aim.label is None else _twice_fair(model, clean)
+    clean = _judges(model, clean, aim)
+    found = search(model, clean, aim, generator)
+    patch = smallest(model, clean, aim, found)
+    now = patch.success_on(repaired, clean, aim)
+    again = search(repaired, clean, aim, generator, known=found)
     area = max(patch.area, clean.shape[1] * clean.shape[2] // 64)
-    other = smallest(repaired, clean, label, again.upto(area))
-    allowed = _twice_fair(logits(model, clean.take([0])).shape[1])
+    other = smallest(repaired, clean, aim, again.upto(area))
     either = max(allowed, FOUND_AGAIN)
     return Check(
         name=name,
-        passed=_at_most(allowed, now, clean, label) and _at_most(either, other.success, clean, label),
+        passed=_at_most(allowed, now, clean, aim) and _at_most(either, other.success, clean, aim),
         detail=(
-            f"{patch} sends {patch.success:.0%} of the images to label {label} in the original and {now:.0%} now, "
+            f"{patch} sends {patch.success:.0%} of the images to {aim} in the original and {now:.0%} now, "
             f"accepted are {allowed:.0%}; of patches as small, {other} does most now, with {other.success:.0%}, "
             f"accepted are {either:.0%}"
         ),
@@ -129,15 +137,13 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
 def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """No change of the whole image, searched anew, reaches further into the suspected label than into others."""
     name = "resists changes of the whole image"
-    label = reachable(diagnosis, clean)
-    if label is None:
+    aim = reachable(diagnosis, clean)
+    if aim is None or aim.label is None:
         return Check(name=name, passed=False, detail="there is no label to search changes for")
     norm = faint(diagnosis, clean)
     generator = new_generator(seed + 2)
-    found = against_others(repaired, clean, label, norm, generator, "repaired model")
-    told = [
-        f"a {each.kind} sends {each.share:.0%} to label {label} and {each.elsewhere:.0%} to another" for each in found
-    ]
+    found = against_others(repaired, clean, aim.label, norm, generator, "repaired model")
+    told = [f"a {each.kind} sends {each.share:.0%} to {aim} and {each.elsewhere:.0%} to another" for each in found]
     return Check(
         name=name,
         passed=all(each.further <= FOUND_AGAIN for each in found),
@@ -150,11 +156,11 @@ def faint(diagnosis: Diagnosis, clean: CleanSet) -> float:
     return diagnosis.reaches[0].norm if diagnosis.reaches else faintest(clean.shape)
 
 
-def _at_most(allowed: float, share: float, clean: CleanSet, label: int) -> bool:
-    """Whether a share of the images of other classes exceeds what is accepted by no more than chance, at 95 %."""
-    count = int((clean.labels != label).sum())
+def _at_most(allowed: float, share: float, clean: CleanSet, aim: Aim) -> bool:
+    """Whether a share of the images exceeds what is accepted by no more than chance, at 95 %."""
+    count = len(aim.others(clean))
     return share <= allowed + 1.96 * math.sqrt(allowed * (1 - allowed) / count)
 
 
-def _twice_fair(classes: int) -> float:
-    return min(0.5, 2 / classes)
+def _twice_fair(model: nn.Module, clean: CleanSet) -> float:
+    return min(0.5, 2 / logits(model, clean.take([0])).shape[1])

@@ -214,7 +214,9 @@ class Defense(ABC):
         judged = losses(outcome.before, outcome.after)
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
-        for dear in (resists_perturbation, resists_patches, resists_changes):
+        # perturbations send images of clean networks away from their own label, and changes are told by other labels
+        of_one_target = (resists_perturbation, resists_patches, resists_changes)
+        for dear in (resists_patches,) if diagnosis.all_to_all else of_one_target:
             if all(check.passed for check in checks):
                 checks.append(dear(model, outcome.model, clean, diagnosis, seed))
         return checks

@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord
+from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord, Trigger
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -54,7 +55,8 @@ def render(record: RunRecord) -> str:
     plots = figures(record, suspect)
     scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
     scripts.append(_read("page.js"))
-    return template("page.html.jinja", label=record.label, picture=_PICTURES.__getitem__).render(
+    filters = {"label": record.label, "picture": _PICTURES.__getitem__, "where_to": partial(_where_to, record)}
+    return template("page.html.jinja", **filters).render(
         record=record,
         style=Markup(_read("page.css")),
         scripts=[Markup(script) for script in scripts],
@@ -102,6 +104,8 @@ def finding(record: RunRecord) -> str:
     if diagnosis.verdict == "not_found":
         return "No backdoor found"
     suspect = diagnosis.suspect
+    if diagnosis.all_to_all:
+        return "Backdoor found, with a target for every class and no single one"
     if diagnosis.verdict == "found":
         labels = diagnosis.found
         named = f": target label{'s' if len(labels) > 1 else ''} {', '.join(map(record.label, labels))}"
@@ -139,11 +143,18 @@ def _evidence_of_reaches(record: RunRecord) -> str:
             "label that was tried."
         )
     shown = [
-        f" {each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to label "
-        f"{record.label(each.label)}."
+        f" {each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to "
+        f"{_where_to(record, each)}."
         for each in record.diagnosis.triggers
     ]
     return text + "".join(shown)
+
+
+def _where_to(record: RunRecord, trigger: Trigger) -> str:
+    """Where a trigger sends images, as a person reads it."""
+    if trigger.label is None:
+        return "other labels, most of each class to the same"
+    return f"label {record.label(trigger.label)}"
 
 
 def _evidence_of_unlearning(record: RunRecord) -> str:

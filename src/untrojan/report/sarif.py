@@ -101,7 +101,11 @@ def _results(record: ScanRecord) -> list[dict[str, Any]]:
                 "rule": record.diagnosis.rule,
                 "scores": {record.label(target.label): target.score for target in record.diagnosis.targets},
                 "triggers": [
-                    {"label": record.label(each.label), "trigger": each.what, "success": each.success.value}
+                    {
+                        "label": None if each.label is None else record.label(each.label),
+                        "trigger": each.what,
+                        "success": each.success.value,
+                    }
                     for each in record.diagnosis.triggers
                 ],
             },

@@ -17,6 +17,7 @@ from untrojan.model import faster, mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.record import ChangeKind, Comparison
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import Perturbation
 
 AT_ONCE = 8
@@ -33,11 +34,11 @@ _TINY = 1e-12
 
 
 class Changes(ABC):
-    """Some changes of one kind, and how they climb towards a label.
+    """Some changes of one kind, and how they climb.
 
     Attributes:
         values: The numbers that decide each change: `(n, ...)`.
-        reach: Share of the images that the last steps sent to the label, a moving average.
+        reach: Share of the images that the last steps sent where they are to go, a moving average.
 
     Args:
         shape: Channels, height and width of the images.
@@ -67,24 +68,24 @@ class Changes(ABC):
         by = least + (most - least) * torch.rand(len(images), generator=self.generator)
         return self.changed(images, self.values[which] * by.view(-1, *[1] * (self.values.ndim - 1)))
 
-    def best(self, model: nn.Module, images: Tensor, label: int) -> tuple[Tensor, float]:
-        """The change that sends most of images `(N, C, H, W)` to a label, `(1, ...)`, and the share of them."""
+    def best(self, model: nn.Module, shown: CleanSet, aim: Aim) -> tuple[Tensor, float]:
+        """The change that sends most of the images where they are to go, `(1, ...)`, and the share of them."""
+        images = shown.floats()
         with mode(model, training=False), torch.no_grad():
             each = self.values.repeat_interleave(len(images), 0).split(len(images))
-            sent = [model(self.changed(images, values)).argmax(1) == label for values in each]
+            sent = [aim.sent(model(self.changed(images, values)), shown.labels) for values in each]
         shares = torch.stack([hits.float().mean() for hits in sent])
         first = int(shares.argmax())
         return self.values[first : first + 1], float(shares[first])
 
-    def climb(self, model: nn.Module, images: Tensor, label: int) -> None:
-        """Move every change one step towards sending its part of the images `(N, C, H, W)` to a label."""
+    def climb(self, model: nn.Module, images: Tensor, labels: Tensor, aim: Aim) -> None:
+        """Move every change one step towards sending its part of the images `(N, C, H, W)` where they are to go."""
         values = self.values.clone().requires_grad_()
         with mode(model, training=False):
             out = model(self.changed(images, values[torch.arange(len(images)) % len(values)]))
-            loss = functional.cross_entropy(out, torch.full((len(images),), label))
-            (slope,) = torch.autograd.grad(loss, values)
+            (slope,) = torch.autograd.grad(aim.loss(out, labels), values)
         self.values = self._within(self.values - RATE * self.strengths * slope / self._size(slope).clamp(min=_TINY))
-        self.reach = 0.8 * self.reach + 0.2 * float((out.argmax(1) == label).float().mean())
+        self.reach = 0.8 * self.reach + 0.2 * float(aim.sent(out, labels).float().mean())
 
     @abstractmethod
     def changed(self, images: Tensor, values: Tensor) -> Tensor:
@@ -277,14 +278,14 @@ def compare(
     shares: dict[tuple[str, int], float] = {}
     with stage("compare labels", total=len(labels), detail=detail) as advance:
         for label in labels:
-            others, judged = (each.take(each.labels != label) for each in (shown, held))
+            aim = Aim(label)
             changes = of_each_kind(shown.shape, norm, generator)
-            for images, _ in others.draws(BATCH, STEPS, generator):
+            for images, own in aim.others(shown).draws(BATCH, STEPS, generator):
                 for change in changes:
-                    change.climb(quick, images, label)
-            some = judged.some(JUDGED, generator).floats()
+                    change.climb(quick, images, own, aim)
+            some = aim.others(held).some(JUDGED, generator)
             for change in changes:
-                values, shares[change.name, label] = change.best(quick, some, label)
+                values, shares[change.name, label] = change.best(quick, some, aim)
                 best.append((label, change, values))
             advance()
 

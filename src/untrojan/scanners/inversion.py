@@ -1,4 +1,4 @@
-"""A trigger from the model alone: one perturbation that sends every image to a label."""
+"""A trigger from the model alone: one perturbation that sends every image where it is to go."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.model import faster, mode, share_sent
+from untrojan.model import faster, mode
 from untrojan.pictures import png
+from untrojan.scanners.aim import Aim
 
 FIRST_NORM = 2.0
 GROWTH = 1.5
@@ -50,22 +50,22 @@ class Perturbation(NamedTuple):
         """The perturbation as a PNG in base64, amplified."""
         return png(self.amplified)
 
-    def success(self, model: nn.Module, clean: CleanSet, label: int) -> float:
-        """Share of the images of other classes that get `label` with the perturbation on."""
-        return share_sent(model, clean, label, self.add)
+    def success(self, model: nn.Module, clean: CleanSet, aim: Aim) -> float:
+        """Share of the images that the perturbation sends there."""
+        return aim.share(model, clean, self.add)
 
 
-def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Perturbation:
-    """Find one small perturbation that sends most images of other classes to a label.
+def universal(model: nn.Module, clean: CleanSet, aim: Aim, seed: int) -> Perturbation:
+    """Find one small perturbation that sends most images where they are to go.
 
     Its l1 norm, in units of the full pixel range, grows from a small one until the perturbation reaches 90 % of the
-    images, so that what comes out is about as small as that takes. On a model with a backdoor in that label it uses the
+    images, so that what comes out is about as small as that takes. On a model with a backdoor there it uses the
     backdoor; on a clean one it is larger.
 
     Args:
         model: The network; it is not changed.
         clean: Images to find it on, with at least one of another class.
-        label: Where to send them.
+        aim: Where to send them.
         seed: Decides the order of the images.
 
     Returns:
@@ -74,8 +74,8 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
-        >>> found = universal(net, images, label=1, seed=0)
-        >>> found.success(net, images, label=1) >= 0.9
+        >>> found = universal(net, images, Aim(1), seed=0)
+        >>> found.success(net, images, Aim(1)) >= 0.9
         True
 
     References:
@@ -83,13 +83,13 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
         Wang et al.: Neural Cleanse, IEEE S&P 2019.
     """
     generator = new_generator(seed)
-    others = clean.take(clean.labels != label)
+    others = aim.others(clean)
     shown = others.some(IMAGES, generator)
     found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), faster(model, clean)
     for number in range(ROUNDS):
         found = Perturbation(found.values, FIRST_NORM * GROWTH**number)
-        _improve(found, quick, lambda: shown.batches(BATCH, generator), label, EPOCHS)
-        if found.success(model, others, label) >= ENOUGH:
+        _improve(found, quick, lambda: shown.batches(BATCH, generator), aim, EPOCHS)
+        if found.success(model, others, aim) >= ENOUGH:
             break
     return found
 
@@ -97,18 +97,18 @@ def universal(model: nn.Module, clean: CleanSet, label: int, seed: int) -> Pertu
 def bounded(
     model: nn.Module,
     clean: CleanSet,
-    label: int,
+    aim: Aim,
     norm: float,
     generator: torch.Generator,
     ball: Ball = "l1",
     steps: int = SHORT_STEPS,
 ) -> Perturbation:
-    """Find the perturbation of a given norm that sends most images of other classes to a label, in a short search.
+    """Find the perturbation of a given norm that sends most images where they are to go, in a short search.
 
     Args:
         model: The network; it is not changed.
         clean: Images to find it on, with at least one of another class.
-        label: Where to send them.
+        aim: Where to send them.
         norm: In units of the full pixel range.
         generator: Decides the order of the images.
         ball: Which norm: "l1" gives few pixels that change much, "l2" many that change little.
@@ -117,14 +117,12 @@ def bounded(
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
-        >>> bounded(net, images, 1, 3.0, torch.Generator().manual_seed(0)).values.abs().sum() <= 3.001
+        >>> bounded(net, images, Aim(1), 3.0, torch.Generator().manual_seed(0)).values.abs().sum() <= 3.001
         tensor(True)
     """
     found = Perturbation(torch.zeros(clean.shape), norm)
-    others = clean.take(clean.labels != label)
-    _improve(
-        found, faster(model, clean), lambda: others.draws(SHORT_BATCH, steps, generator), label, epochs=1, ball=ball
-    )
+    others = aim.others(clean)
+    _improve(found, faster(model, clean), lambda: others.draws(SHORT_BATCH, steps, generator), aim, epochs=1, ball=ball)
     return found
 
 
@@ -132,7 +130,7 @@ def _improve(
     found: Perturbation,
     model: nn.Module,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    label: int,
+    aim: Aim,
     epochs: int,
     ball: Ball = "l1",
 ) -> None:
@@ -141,7 +139,7 @@ def _improve(
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         out = model((images + values).clamp(0, 1))
-        return functional.cross_entropy(out, torch.full_like(labels, label)), out
+        return aim.loss(out, labels), out
 
     with mode(model, training=False):
         fit(
@@ -153,7 +151,7 @@ def _improve(
             name="invert",
             detail=f"{ball} norm {found.norm:g}",
             project=lambda: values.copy_(BALLS[ball](values, found.norm)),
-            stop=lambda epoch: float(epoch.shares[label]) > ENOUGH,
+            stop=lambda epoch: aim.reached(epoch) > ENOUGH,
         )
     values.requires_grad_(False)
 

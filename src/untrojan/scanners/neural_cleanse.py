@@ -15,9 +15,10 @@ from torch.nn import functional
 from untrojan.data import CleanSet, size_with_enough_steps
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.model import logits, share_sent
+from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.scanner import Scanner
 
 BATCH = 32
@@ -246,7 +247,7 @@ class _Inversion:
             state.best or Trigger(state.label, mask, pattern, 0.0, reached=False)
             for state, mask, pattern in zip(self.states, masks.detach(), patterns.detach(), strict=True)
         ]
-        return [each._replace(success=share_sent(self.model, self.clean, each.label, each.stamp)) for each in found]
+        return [each._replace(success=Aim(each.label).share(self.model, self.clean, each.stamp)) for each in found]
 
     def _patches(self, which: slice | list[int]) -> tuple[Tensor, Tensor]:
         mask, pattern = (each[which].tanh() / 2 + 0.5 for each in self.free)

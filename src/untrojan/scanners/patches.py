@@ -1,4 +1,4 @@
-"""A trigger from the model alone: small patches of full opacity that send images to a label.
+"""A trigger from the model alone: small patches of full opacity that send images elsewhere.
 
 Optimizing a mask together with a pattern finds shortcuts, faint and spread out. A patch that hides what is behind it is
 what an attacker stamps, but its place, size and pattern cannot all be tried. So patterns as large as an image are
@@ -6,20 +6,19 @@ optimized while random windows of them are stamped, which makes every place of a
 Windows that worked are drawn again: moved a little, made smaller, with another pattern.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import faster, mode, share_sent
+from untrojan.model import faster, mode
 from untrojan.pictures import png
 from untrojan.progress import stage
+from untrojan.scanners.aim import Aim
 
 STEPS = 150
 BATCH = 64
@@ -42,7 +41,7 @@ class Patches(NamedTuple):
         patterns: `(P, C, H, W)` in [0, 1]; a patch shows what its pattern has at its place.
         boxes: Height, width, top and left of each patch: `(N, 4)`.
         which: The pattern of each: `(N,)`.
-        strength: Probability of the label that an image with the patch got: `(N,)` in [0, 1].
+        strength: How likely an image with the patch got where it is sent: `(N,)` in [0, 1].
     """
 
     patterns: Tensor
@@ -114,7 +113,7 @@ class HardPatch(NamedTuple):
         values: What it shows: `(C, h, w)` in [0, 1].
         top: Its first row.
         left: Its first column.
-        success: Share of the images of other classes that it sends to the label.
+        success: Share of the images that it sends where it is to send them.
     """
 
     values: Tensor
@@ -144,21 +143,21 @@ class HardPatch(NamedTuple):
         opaque = self._replace(values=torch.ones_like(self.values)).stamp(blank)[0, :1]
         return png(self.stamp(blank)[0], opaque)
 
-    def success_on(self, model: nn.Module, clean: CleanSet, label: int) -> float:
-        """Share of the images of other classes that get `label` with the patch on."""
-        return share_sent(model, clean, label, self.stamp)
+    def success_on(self, model: nn.Module, clean: CleanSet, aim: Aim) -> float:
+        """Share of the images that the patch sends there."""
+        return aim.share(model, clean, self.stamp)
 
 
 def search(
     model: nn.Module,
     clean: CleanSet,
-    label: int,
+    aim: Aim,
     generator: torch.Generator,
     known: Patches | None = None,
     steps: int = STEPS,
     detail: str = "",
 ) -> Patches:
-    """Look for small patches of full opacity, at any place, that send images of other classes to a label.
+    """Look for small patches of full opacity, at any place, that send images to a label or away from their own.
 
     Their sides are between a sixteenth and a quarter of those of the images, or three pixels. Patterns are a few that
     are optimized, black, and white. Once a fifth of the steps are done, half of the patches tried are drawn from those
@@ -167,19 +166,19 @@ def search(
     Args:
         model: The network; it is not changed.
         clean: Images to stamp, with at least one of another class.
-        label: Where to send them.
+        aim: Where to send them.
         generator: Decides everything random.
         known: Patches that worked on another state of the network; some of those tried are near them.
         steps: Batches of 64 images.
         detail: Which of several searches this is, for progress.
 
     Returns:
-        The patches of the second half of the steps. Where nothing sends images to the label, all of them are weak.
+        The patches of the second half of the steps. Where nothing sends images there, all of them are weak.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
-        >>> found = search(net, images, 1, torch.Generator().manual_seed(0), steps=10)
+        >>> found = search(net, images, Aim(1), torch.Generator().manual_seed(0), steps=10)
         >>> found.patterns.shape, found.boxes.shape
         (torch.Size([6, 1, 8, 8]), torch.Size([320, 4]))
 
@@ -188,7 +187,7 @@ def search(
     """
     rounds = min(ROUNDS, steps)
     model = faster(model, clean)
-    look = _Search(model, clean.take(clean.labels != label), label, generator, known, unguided=steps // rounds)
+    look = _Search(model, aim.others(clean), aim, generator, known, unguided=steps // rounds)
     with mode(model, training=False):
         fit(
             [look.patterns],
@@ -206,22 +205,22 @@ def search(
 def pinpoint(
     model: nn.Module,
     clean: CleanSet,
-    label: int,
+    aim: Aim,
     patches: Patches,
     generator: torch.Generator,
     known: Patches | None = None,
     detail: str = "",
 ) -> Patches:
-    """Move and resize the patches that work best until the network is surest of the label.
+    """Move and resize the patches that work best until the network is surest of what they do.
 
     Many patches near a trigger work, and a network that learned to ignore these may still fall for the trigger itself.
-    It is surest of the label where a patch is the very one that it was trained with, by a wide margin, also where no
+    It is surest where a patch is the very one that it was trained with, by a wide margin, also where no
     patch works any more; so climbing leads there.
 
     Args:
         model: The network; it is not changed.
         clean: Images to stamp, with at least one of another class.
-        label: Where to send them.
+        aim: Where to send them.
         patches: Where to start: those of each size that work best.
         generator: Decides everything random.
         known: What an earlier climb led to; the black and white ones of these go on from there.
@@ -234,13 +233,12 @@ def pinpoint(
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         >>> images = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
         >>> generator = torch.Generator().manual_seed(0)
-        >>> found = search(net, images, 1, generator, steps=10)
-        >>> pinpoint(net, images, 1, found, generator).boxes.shape
+        >>> found = search(net, images, Aim(1), generator, steps=10)
+        >>> pinpoint(net, images, Aim(1), found, generator).boxes.shape
         torch.Size([12, 4])
     """
     quick = faster(model, clean)
-    others = clean.take(clean.labels != label)
-    shown = others.some(CLIMB_IMAGES, generator).floats()
+    shown = aim.others(clean).some(CLIMB_IMAGES, generator)
     draws = BoxDraws(*clean.shape[1:], generator)
     keys, _, mean = _means(patches)
     starts = keys[_two_of_each_pattern(keys, mean)]
@@ -254,29 +252,24 @@ def pinpoint(
             near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
             near[:, :4] = draws.varied(near[:, :4])
             keys = torch.cat([best.keys, near]).unique(dim=0)
-            best = patches.at(keys[_two_of_each_pattern(keys, _margins(quick, shown, label, patches.at(keys)))])
+            best = patches.at(keys[_two_of_each_pattern(keys, _margins(quick, shown, aim, patches.at(keys)))])
             advance()
     return best
 
 
-def strengths(model: nn.Module, images: Tensor, label: int, patches: Patches) -> Tensor:
-    """Mean probability of a label on images `(N, C, H, W)` with each patch: `(n,)`."""
-    return torch.cat([out.softmax(2)[:, :, label].mean(1) for out in _outputs(model, images, patches)])
+def strengths(model: nn.Module, shown: CleanSet, aim: Aim, patches: Patches) -> Tensor:
+    """How likely images get where they are sent with each patch, on average: `(n,)`."""
+    return torch.cat([aim.probability(out, shown.labels).mean(1) for out in _outputs(model, shown, patches)])
 
 
-def _margins(model: nn.Module, images: Tensor, label: int, patches: Patches) -> Tensor:
-    """How far the logit of a label is above all others on images with each patch, on average: `(n,)`."""
-    ignored = torch.tensor([label])
-    return torch.cat(
-        [
-            (out[:, :, label] - out.index_fill(2, ignored, -math.inf).amax(2)).mean(1)
-            for out in _outputs(model, images, patches)
-        ]
-    )
+def _margins(model: nn.Module, shown: CleanSet, aim: Aim, patches: Patches) -> Tensor:
+    """How sure the network is of where images are sent with each patch, on average: `(n,)`."""
+    return torch.cat([aim.margin(out, shown.labels).mean(1) for out in _outputs(model, shown, patches)])
 
 
-def _outputs(model: nn.Module, images: Tensor, patches: Patches) -> Iterator[Tensor]:
+def _outputs(model: nn.Module, shown: CleanSet, patches: Patches) -> Iterator[Tensor]:
     """Logits of all images with each of a few patches at a time: `(few, N, K)`."""
+    images = shown.floats()
     for rows in torch.arange(len(patches.boxes)).split(AT_ONCE):
         stamped = patches.stamp(images.repeat(len(rows), 1, 1, 1), rows.repeat_interleave(len(images)))
         with mode(model, training=False), torch.no_grad():
@@ -294,31 +287,29 @@ def _two_of_each_pattern(keys: Tensor, scores: Tensor) -> list[int]:
     return [row for rows in taken.values() for row in rows]
 
 
-def smallest(model: nn.Module, clean: CleanSet, label: int, patches: Patches) -> HardPatch:
-    """The smallest patch that sends 95 % of the images of other classes to a label, or else the one that sends most.
+def smallest(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches) -> HardPatch:
+    """The smallest patch that sends 95 % of the images where they are to go, or else the one that sends most.
 
     Args:
         model: The network; it is not changed.
         clean: Images to judge by, with at least one of another class.
-        label: Where to send them.
+        aim: Where to send them.
         patches: Those to choose from; the few that matter most are tried.
     """
-    tried = measured(model, clean, label, patches)
+    tried = measured(model, clean, aim, patches)
     enough = [patch for patch in tried if patch.success >= ENOUGH]
     if enough:
         return min(enough, key=lambda patch: (patch.area, -patch.success))
     return max(tried, key=lambda patch: patch.success)
 
 
-def measured(
-    model: nn.Module, clean: CleanSet, label: int, patches: Patches, most: int | None = None
-) -> list[HardPatch]:
-    """Measure how many images the best patch of each size sends to a label.
+def measured(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches, most: int | None = None) -> list[HardPatch]:
+    """Measure how many images the best patch of each size sends where they are to go.
 
     Args:
         model: The network; it is not changed.
         clean: Images to stamp.
-        label: Where to send them.
+        aim: Where to send them.
         patches: Those to choose from.
         most: Leave out patches of more pixels than this.
 
@@ -327,12 +318,12 @@ def measured(
     """
     tried = []
     candidates = [row for row in _candidates(patches) if most is None or patches.areas[row] <= most]
-    with stage("try patches", total=len(candidates), detail=f"label {label}") as advance:
+    with stage("try patches", total=len(candidates), detail=str(aim)) as advance:
         for row in candidates:
             height, width, top, left = patches.boxes[row].tolist()
             values = patches.patterns[patches.which[row], :, top : top + height, left : left + width].clone()
             patch = HardPatch(values, top, left, 0.0)
-            tried.append(patch._replace(success=patch.success_on(model, clean, label)))
+            tried.append(patch._replace(success=patch.success_on(model, clean, aim)))
             advance()
     return tried
 
@@ -409,13 +400,13 @@ class _Search:
         self,
         model: nn.Module,
         shown: CleanSet,
-        label: int,
+        aim: Aim,
         generator: torch.Generator,
         known: Patches | None,
         unguided: int,
     ) -> None:
         self.model = model
-        self.label = label
+        self.aim = aim
         self.generator = generator
         self.known = known or Patches.none(shown.shape)
         self.shown = shown
@@ -430,9 +421,9 @@ class _Search:
         boxes, which = self._next(len(images))
         patches = Patches(torch.cat([self.patterns, self.solid]), boxes, which, torch.zeros(len(images)))
         out = self.model(patches.stamp(images, torch.arange(len(images))))
-        strength = out.detach().softmax(1)[:, self.label].nan_to_num(0)
+        strength = self.aim.probability(out.detach(), labels).nan_to_num(0)
         self.tried.append((boxes, which, strength))
-        return functional.cross_entropy(out, torch.full_like(labels, self.label)), out
+        return self.aim.loss(out, labels), out
 
     def found(self, steps: int) -> Patches:
         """The patches tried in the last steps, with the patterns as they are now."""

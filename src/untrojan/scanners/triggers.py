@@ -3,10 +3,10 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -16,14 +16,15 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.model import logits, share_sent
+from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.progress import whole
-from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, Verdict
+from untrojan.record import Calibration, ChangeKind, Comparison, Diagnosis, Rate, Reach, Target, Trigger, Verdict
 from untrojan.scanners import unlearning
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Change, compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
-from untrojan.scanners.patches import Patches, least_area, measured, search, smallest
+from untrojan.scanners.patches import HardPatch, Patches, least_area, measured, search, smallest
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
 
@@ -45,7 +46,8 @@ ALIKE = 0.9
 FURTHER = 0.4
 RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
-    f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels; "
+    f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels, "
+    f"or one patch sends {MOST:.0%} of them to other labels, each class to one of its own; "
     "inconclusive: it holds for more, or for none but every unlearning run ends on the very label that they reach "
     f"furthest into, or a slight warp sends {MOST:.0%} to a label and {FURTHER:.0%} more than to others; "
     "not_found: anything else"
@@ -68,6 +70,10 @@ class TriggerScanner(Unlearning, Scanner):
     images are airplanes to clean models. Triggers of yet other kinds can still show when clean images are unlearned: if
     the class that survives in all runs is the one that triggers reach furthest into, the verdict is inconclusive too.
     That a class survives is no sign by itself, for clean models collapse into one as well.
+
+    Where no label is reached too far, a patch is searched that sends images away from their own label. If there is one,
+    and it sends most images of each class to one label, not all to the same, there is a target for every class and no
+    single one: the trigger shown then has no label.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
@@ -125,7 +131,11 @@ class TriggerScanner(Unlearning, Scanner):
         suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
         look.for_changes([label for label in suspects if label in look.labels])
         named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
-        triggers = [look.trigger(label) for label in named or look.warped()]
+        if not named and reaches[0].far < 1:
+            triggers = look.without_target(self.refine_steps)
+        else:
+            triggers = [look.trigger(label) for label in named]
+        triggers = triggers or [look.trigger(label) for label in look.warped()]
         comparisons = [change.comparison for change in look.changes]
         calibrated = _clean_models() if self == TriggerScanner() else ()
         return judge(unlearned, reaches, triggers, comparisons, calibrated)
@@ -170,7 +180,8 @@ def judge(
     Args:
         unlearned: What the unlearning runs say by themselves.
         reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of` or, where there is none, for each label that a warp reaches.
+        triggers: One for each of :func:`targets_of` or, where there is none, one without a label or one for each label
+            that a warp reaches.
         comparisons: How far whole-image changes reach into some labels.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 
@@ -182,7 +193,7 @@ def judge(
     furthest = max(reaches, key=lambda reach: reach.far)
     shown = [trigger.label for trigger in triggers]
     verdict: Verdict = "not_found"
-    if targets_of(reaches, shares):
+    if targets_of(reaches, shares) or None in shown:
         verdict = "found"
     elif shown or furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
         verdict = "inconclusive"
@@ -242,8 +253,8 @@ class _Look:
 
     def for_patches(self, label: int, steps: int, held: CleanSet) -> None:
         """Search patches for a label, near what was found before."""
-        patches = search(self.model, self.shown, label, self.generator, self.patches.get(label), steps)
-        best = measured(self.model, held, label, patches, self.sizes[-1])
+        patches = search(self.model, self.shown, Aim(label), self.generator, self.patches.get(label), steps)
+        best = measured(self.model, held, Aim(label), patches, self.sizes[-1])
         self.shares[label] = [
             max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes
         ]
@@ -251,8 +262,8 @@ class _Look:
 
     def for_perturbation(self, label: int, steps: int, held: CleanSet) -> None:
         """Search a perturbation for a label."""
-        found = bounded(self.model, self.shown, label, self.norm, self.generator, "l2", steps)
-        self.faint[label] = found.success(self.model, held, label)
+        found = bounded(self.model, self.shown, Aim(label), self.norm, self.generator, "l2", steps)
+        self.faint[label] = found.success(self.model, held, Aim(label))
         self.perturbations = self._leading({**self.perturbations, label: found})
 
     def for_changes(self, suspects: Sequence[int]) -> None:
@@ -285,27 +296,56 @@ class _Look:
         ]
         return sorted(all_of, key=lambda reach: -reach.far)
 
+    def without_target(self, steps: int) -> list[Trigger]:
+        """The patch that sends images of each class to a label of their own, where one sends most of them."""
+        aim = Aim(None)
+        patches = search(self.model, self.shown, aim, self.generator, steps=steps).upto(self.sizes[-1])
+        found = smallest(self.model, self.held, aim, patches)
+        if not self._to_labels_of_their_own(found):
+            return []
+        return [self._patch(aim, found)]
+
+    def _to_labels_of_their_own(self, patch: HardPatch) -> bool:
+        """Whether a patch sends most images to where it sends most of their class, and at most half to one label."""
+        stamped = CleanSet(patch.stamp(self.held.floats()), self.held.labels)
+        out = logits(self.model, stamped)
+        moved = torch.zeros(out.shape[1], out.shape[1])
+        moved.index_put_((self.held.labels, out.argmax(1)), torch.ones(len(out)), accumulate=True).fill_diagonal_(0)
+        together, most = moved.amax(1).sum() / len(out), moved.sum(0).max()
+        return bool(together >= MOST and most <= moved.sum() / 2)
+
     def trigger(self, label: int) -> Trigger:
         """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the best change."""
-        others = self.held.take(self.held.labels != label)
-        shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
-        change = self._change(label)
+        aim, change = Aim(label), self._change(label)
         if _by_patches(self.shares[label]) >= max(1, self.faint[label] / MOST):
-            found = smallest(self.model, self.held, label, self.patches[label])
-            kind, share, changed, picture = "patch", found.success, found.stamp(shown), found.picture(self.held.shape)
-        elif change is not None:
-            share = share_sent(self.model, self.held, label, change.add)
-            found, kind, changed, picture = change, change.comparison.kind, change.add(shown), change.picture()
-        else:
-            found = self.perturbations[label]
-            kind, share, changed, picture = "perturbation", self.faint[label], found.add(shown), found.picture()
+            return self._patch(aim, smallest(self.model, self.held, aim, self.patches[label]))
+        if change is not None:
+            share = aim.share(self.model, self.held, change.add)
+            return self._told(aim, change.comparison.kind, str(change), share, change.add, change.picture())
+        found = self.perturbations[label]
+        return self._told(aim, "perturbation", str(found), self.faint[label], found.add, found.picture())
+
+    def _patch(self, aim: Aim, found: HardPatch) -> Trigger:
+        return self._told(aim, "patch", str(found), found.success, found.stamp, found.picture(self.held.shape))
+
+    def _told(
+        self,
+        aim: Aim,
+        kind: Literal["patch"] | ChangeKind,
+        what: str,
+        share: float,
+        change: Callable[[Tensor], Tensor],
+        picture: str,
+    ) -> Trigger:
+        others = aim.others(self.held)
+        shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
         return Trigger(
-            label=label,
+            label=aim.label,
             kind=kind,
-            what=str(found),
+            what=what,
             success=Rate.of(round(share * len(others)), len(others)),
             picture=picture,
-            examples=png(_tiled(shown, changed)),
+            examples=png(_tiled(shown, change(shown))),
         )
 
     def _change(self, label: int) -> Change | None:

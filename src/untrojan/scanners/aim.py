@@ -1,0 +1,99 @@
+"""Where a trigger sends images: all of them to one label, or each to any label but its own."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from untrojan.data import CleanSet
+from untrojan.fit import Epoch
+from untrojan.model import mode
+
+
+class Aim(NamedTuple):
+    """What a search for a trigger is after.
+
+    Attributes:
+        label: Where all images are to go; `None` sends each away from its own label, to whichever other.
+
+    Example:
+        >>> out, labels = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]]), torch.tensor([0, 1])
+        >>> Aim(2).sent(out, labels), Aim(None).sent(out, labels)
+        (tensor([False,  True]), tensor([False,  True]))
+        >>> Aim(2).margin(out, labels), Aim(None).margin(out, labels)
+        (tensor([-1.,  4.]), tensor([-1.,  4.]))
+    """
+
+    label: int | None
+
+    def __str__(self) -> str:
+        return "another label" if self.label is None else f"label {self.label}"
+
+    def others(self, clean: CleanSet) -> CleanSet:
+        """The images that are not there yet."""
+        return clean if self.label is None else clean.take(clean.labels != self.label)
+
+    def sent(self, out: Tensor, labels: Tensor) -> Tensor:
+        """Which images got there, by logits `(..., N, K)` and their own labels `(N,)`: bool `(..., N)`."""
+        said = out.argmax(-1)
+        return said != labels if self.label is None else said == self.label
+
+    def probability(self, out: Tensor, labels: Tensor) -> Tensor:
+        """How likely each image is there: `(..., N)` in [0, 1]."""
+        at = _at(out.softmax(-1), self._wanted(labels))
+        return 1 - at if self.label is None else at
+
+    def margin(self, out: Tensor, labels: Tensor) -> Tensor:
+        """How far the logits that lead there are above all others: `(..., N)`."""
+        wanted = self._wanted(labels)
+        further = _at(out, wanted) - _without(out, wanted).amax(-1)
+        return -further if self.label is None else further
+
+    def reached(self, epoch: Epoch) -> float:
+        """The share of the images shown in an epoch that got there."""
+        return 1 - epoch.accuracy if self.label is None else float(epoch.shares[self.label])
+
+    def loss(self, out: Tensor, labels: Tensor) -> Tensor:
+        """Minus the mean log of the probability, from logits `(N, K)`."""
+        if self.label is None:
+            return (out.logsumexp(1) - _without(out, labels).logsumexp(1)).mean()
+        return functional.cross_entropy(out, torch.full_like(labels, self.label))
+
+    def share(self, model: nn.Module, clean: CleanSet, change: Callable[[Tensor], Tensor]) -> float:
+        """Measure which share of the images that are not there yet get there once they are changed.
+
+        Args:
+            model: The network; it is run in evaluation mode and not changed.
+            clean: The images with their own labels.
+            change: What is done to a batch `(N, C, H, W)` before.
+
+        Returns:
+            A share in [0, 1]; 0 where all images are there already.
+
+        Example:
+            >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+            >>> clean = CleanSet(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
+            >>> 0 <= Aim(1).share(net, clean, torch.zeros_like) <= 1
+            True
+        """
+        if self.label is not None and not (clean.labels != self.label).any():
+            return 0.0
+        others = self.others(clean)
+        with mode(model, training=False), torch.no_grad():
+            hits = sum(int(self.sent(model(change(some)), labels).sum()) for some, labels in others.batches(100))
+        return hits / len(others)
+
+    def _wanted(self, labels: Tensor) -> Tensor:
+        return labels if self.label is None else torch.full_like(labels, self.label)
+
+
+def _at(values: Tensor, labels: Tensor) -> Tensor:
+    return values.gather(-1, labels.expand(values.shape[:-1])[..., None])[..., 0]
+
+
+def _without(out: Tensor, labels: Tensor) -> Tensor:
+    """Logits with those of some labels taken away."""
+    return out.scatter(-1, labels.expand(out.shape[:-1])[..., None], -math.inf)
