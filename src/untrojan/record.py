@@ -163,6 +163,11 @@ class Reach(_Part):
         """The mean share of patches over the sizes."""
         return statistics.fmean(self.shares)
 
+    @property
+    def spread(self) -> bool:
+        """Whether a perturbation sends most images there, and more than patches do: these are then shortcuts to it."""
+        return self.faint >= 0.5 and self.faint >= self.mean + 0.05
+
 
 class Trigger(_Part):
     """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
@@ -240,14 +245,14 @@ class Diagnosis(_Part):
         """Whether the trigger found has no single target, but one for each class."""
         return any(each.label is None for each in self.triggers)
 
-    def spread_over(self, label: int) -> float | None:
+    def spread_over(self, label: int | None) -> float | None:
         """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
-        spread = any(each.label == label and each.kind != "patch" for each in self.triggers)
-        return next((each.norm for each in self.reaches if each.label == label), None) if spread else None
+        shown = any(each.label == label and each.kind != "patch" for each in self.triggers)
+        return next((each.norm for each in self.reaches if each.label == label and (shown or each.spread)), None)
 
     @property
     def suspect(self) -> int | None:
-        """The label that the scan puts first, unless it cleared the model, could not tell labels apart, or all are."""
+        """The label that the scan puts first, unless it cleared the model, told no labels apart, or all are targets."""
         if self.verdict == "not_found" or self.all_to_all or not self.targets:
             return None
         return self.targets[0].label

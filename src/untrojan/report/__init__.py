@@ -143,17 +143,17 @@ def _evidence_of_reaches(record: RunRecord) -> str:
             "label that was tried."
         )
     shown = [
-        f" {each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to "
+        f"{each.what.capitalize()} sends {_percent(each.success.value)} of the images that it was tried on to "
         f"{_where_to(record, each)}."
         for each in record.diagnosis.triggers
     ]
-    return text + "".join(shown)
+    return " ".join([*shown, text] if record.diagnosis.all_to_all else [text, *shown])
 
 
 def _where_to(record: RunRecord, trigger: Trigger) -> str:
     """Where a trigger sends images, as a person reads it."""
     if trigger.label is None:
-        return "other labels, most of each class to the same"
+        return "other labels, those of one class mostly to one label"
     return f"label {record.label(trigger.label)}"
 
 
