@@ -11,7 +11,6 @@ import argparse
 import copy
 import functools
 import json
-import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from unittest import mock
 
 import torch
 from cases import one, triple
+from pool import side_by_side
 from torch import Tensor, nn
 from zoo import IMAGES, ROOT
 
@@ -144,10 +144,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     jobs = parser.parse_args().jobs
     RECORDS.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        pool.map(look, [each for each in VICTIMS if not path_of("scan", each).exists()], chunksize=1)
-        cells = [(variant, victim) for variant in VARIANTS for victim in VICTIMS]
-        pool.map(run, [each for each in cells if not path_of(*each).exists()], chunksize=1)
+    side_by_side(look, [each for each in VICTIMS if not path_of("scan", each).exists()], jobs)
+    cells = [(variant, victim) for variant in VARIANTS for victim in VICTIMS]
+    side_by_side(run, [each for each in cells if not path_of(*each).exists()], jobs)
     write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
 
 

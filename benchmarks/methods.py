@@ -12,19 +12,15 @@ its checks alone. Only after the repair, in this script, the known trigger measu
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import time
-import traceback
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import scan
-import torch
 from cases import CASES, SHARED, Case, measure, one, test_set, triple
+from pool import side_by_side
 
 import untrojan
 from untrojan.defenses.defense import Defense
@@ -133,18 +129,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def begin(threads: int) -> None:
-    """Prepare a worker."""
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore", untrojan.UntrojanWarning)
-
-
-def run_or_tell(cell: Cell | scan.Cell) -> None:
-    """Run a cell or a scan; one that fails is told and left out."""
-    try:
-        run(cell) if isinstance(cell, Cell) else scan.run(cell)
-    except Exception:
-        print(*cell, traceback.format_exc()[-600:], flush=True)
+def run_either(cell: Cell | scan.Cell) -> None:
+    """Run a cell or a scan."""
+    run(cell) if isinstance(cell, Cell) else scan.run(cell)
 
 
 def table(setting: str) -> Iterator[str]:
@@ -308,12 +295,9 @@ def main() -> None:
     scans = [each for each in dict.fromkeys(needed.values()) if not each.path.exists()]
     waiting = [cell for cell, each in needed.items() if each in scans]
     threads = 2 if asked.alone else 1
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    with multiprocessing.get_context("spawn").Pool(asked.jobs, begin, [threads]) as pool:
-        scanned = pool.map_async(run_or_tell, scans, chunksize=1)
-        pool.map(run_or_tell, [cell for cell in missing if cell not in waiting], chunksize=1)
-        scanned.wait()
-        pool.map(run_or_tell, waiting, chunksize=1)
+    ready = [cell for cell in missing if cell not in waiting]
+    for some in ([*scans, *ready], waiting):
+        side_by_side(run_either, some, asked.jobs, threads)
     if not STRANGERS.exists():
         write(STRANGERS, strangers())
     write_atomic(Path("benchmarks/methods.md"), page().encode())

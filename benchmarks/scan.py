@@ -1,9 +1,9 @@
 """The default scan on models that are known: published backdoored ones, and those of `population.py`.
 
-Every cell (model x number of clean images x seed) is one JSON under `benchmarks/records/scan`, made in a process of its
-own on one thread; cells that are there are not run again. Clean models calibrate the scan: with `--calibrate` how far
-triggers reached in each of them is written into the package. With `--alone` two scans run one after the other on two
-threads, which tells the time that a scan takes on a quiet machine.
+Every cell (model x number of clean images x seed) is one JSON under `benchmarks/records/scan`, made on one thread;
+those that are there are not run again. Clean models calibrate the scan: with `--calibrate` how far triggers reached in
+each of them is written into the package. With `--alone` two scans run one after the other on two threads, which tells
+the time that a scan takes on a quiet machine.
 
     python benchmarks/scan.py --jobs 2        # run what is missing, then write benchmarks/scan.md
     python benchmarks/scan.py --calibrate     # the same, and src/untrojan/scanners/clean_models.json
@@ -12,18 +12,14 @@ threads, which tells the time that a scan takes on a quiet machine.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cases import CASES, SHARED
+from pool import side_by_side
 from population import MEMBERS, images_of
 from torch import nn
 
@@ -31,6 +27,7 @@ import untrojan
 from untrojan.data import CleanSet
 from untrojan.device import chosen
 from untrojan.record import Diagnosis, Rate
+from untrojan.run import forget_peak_memory
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 
@@ -92,6 +89,7 @@ def inputs(cell: Cell) -> tuple[nn.Module, CleanSet]:
 
 def run(cell: Cell) -> None:
     """Scan one model."""
+    forget_peak_memory()
     model, clean = inputs(cell)
     start = time.perf_counter()
     record = untrojan.scan(model, clean, seed=cell.seed)
@@ -111,14 +109,6 @@ def run(cell: Cell) -> None:
     }
     write_atomic(cell.path, (json.dumps(content, indent=1) + "\n").encode())
     print(*cell, "true", cell.target, record.diagnosis.verdict, record.diagnosis.found, f"{seconds:.0f} s")
-
-
-def in_a_process(cell: Cell) -> None:
-    """Run a cell in a process of its own; a cell that fails is told and left out."""
-    command = [sys.executable, __file__, "--cell", *map(str, cell)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(cell.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout.strip() if done.returncode == 0 else f"{cell}: {done.stderr.strip()[-400:]}", flush=True)
 
 
 def furthest(result: dict[str, Any]) -> float:
@@ -206,16 +196,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of the names of the models to scan")
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--cell", nargs=4, metavar=("MODEL", "IMAGES", "SEED", "THREADS"), help="run one here")
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if given.cell:
-        run(Cell(given.cell[0], *map(int, given.cell[1:])))
-        return
     wanted = alone() if given.alone else [cell for cell in cells() if cell.model.startswith(tuple(given.only))]
     missing = [cell for cell in wanted if not cell.path.exists()]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(in_a_process, missing))
+    side_by_side(run, missing, given.jobs, threads=2 if given.alone else 1)
     write_atomic(Path("benchmarks/scan.md"), ("\n".join(page()) + "\n").encode())
     if given.calibrate:
         scores = [furthest(result) for result in recorded() if result["target"] is None]

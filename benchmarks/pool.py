@@ -1,0 +1,32 @@
+"""Run the cells of a benchmark side by side, in processes of their own."""
+
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+import untrojan
+
+
+def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, threads: int = 1) -> None:
+    """Run all cells, so many at a time, each on so many threads; one that fails is told and left out."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with multiprocessing.get_context("spawn").Pool(jobs, _begin, [threads]) as pool:
+        pool.map(partial(_tell, run), cells, chunksize=1)
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", untrojan.UntrojanWarning)
+
+
+def _tell(run: Callable[[Any], None], cell: Any) -> None:
+    try:
+        run(cell)
+    except Exception:
+        print(cell, traceback.format_exc()[-600:], flush=True)
