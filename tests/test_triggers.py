@@ -179,6 +179,7 @@ def test_no_single_target_is_invented_where_every_class_has_one(images):
     assert trigger.success.value >= MOST
     assert picture(trigger.picture).getpixel((9, 9))[3] == 255
     assert all(reach.far < 1 for reach in found.reaches)
+    assert not QUICK.scan(NextForWhite(), dim.take(range(6 * CLASSES))).all_to_all
 
 
 def test_a_patch_that_moves_all_images_to_one_label_is_not_one_with_a_target_for_each(images):

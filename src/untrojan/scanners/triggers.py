@@ -42,6 +42,7 @@ DOUBLINGS = 3
 FAINT_STEPS = 20, 60
 FAR = 0.5
 MOST = 0.8
+OF_EACH = 2
 ALIKE = 0.9
 FURTHER = 0.4
 RULE = (
@@ -73,7 +74,7 @@ class TriggerScanner(Unlearning, Scanner):
 
     Where no label is reached too far, a patch is searched that sends images away from their own label. If there is one,
     and it sends most images of each class to one label, not all to the same, there is a target for every class and no
-    single one: the trigger shown then has no label.
+    single one: the trigger shown then has no label. That takes two held-out images a class, seven images in all.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
@@ -131,7 +132,7 @@ class TriggerScanner(Unlearning, Scanner):
         suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
         look.for_changes([label for label in suspects if label in look.labels])
         named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
-        if not named and reaches[0].far < 1:
+        if not named and reaches[0].far < 1 and len(look.held) >= OF_EACH * classes:
             triggers = look.without_target(self.refine_steps)
         else:
             triggers = [look.trigger(label) for label in named]
