@@ -80,7 +80,8 @@ class TriggerScanner(Unlearning, Scanner):
         runs: How many unlearning runs, each on its own seed; every second one with noise.
         search_steps: Batches of 64 images that the search for patches takes per label with up to ten labels; with more
             it takes fewer, but at least half of that.
-        refine_steps: Batches of another search for each of the three labels that are reached furthest.
+        refine_steps: Batches of another search for each of the three labels that are reached furthest, and for the one
+            that is most suspicious when what survives unlearning counts too.
 
     Needs:
         Clean images.
@@ -122,16 +123,20 @@ class TriggerScanner(Unlearning, Scanner):
                 for label in look.labels:
                     look.for_perturbation(label, FAINT_STEPS[0], look.few)
                 advance()
-        with whole("refine triggers", total=LEADERS) as advance:
-            for reach in look.reaches()[:LEADERS]:
-                look.for_patches(reach.label, self.refine_steps, look.held)
-                look.for_perturbation(reach.label, FAINT_STEPS[1], look.held)
+        unlearned = unlearning.diagnose(runs)
+        survived = {target.label: target.score for target in unlearned.targets}
+        scores = _scores(look.reaches(), survived)
+        leaders = [*(reach.label for reach in look.reaches()[:LEADERS]), max(scores, key=scores.__getitem__)]
+        leaders = list(dict.fromkeys(leaders))
+        with whole("refine triggers", total=len(leaders)) as advance:
+            for label in leaders:
+                look.for_patches(label, self.refine_steps, look.held)
+                look.for_perturbation(label, FAINT_STEPS[1], look.held)
                 advance()
         reaches = look.reaches()
-        unlearned = unlearning.diagnose(runs)
         suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
         look.for_changes([label for label in suspects if label in look.labels])
-        named = targets_of(reaches, {target.label: target.score for target in unlearned.targets})
+        named = targets_of(reaches, survived)
         if not named and reaches[0].far < 1 and len(look.held) >= OF_EACH * classes:
             triggers = look.without_target(self.refine_steps)
         else:
