@@ -81,7 +81,7 @@ class TriggerScanner(Unlearning, Scanner):
         search_steps: Batches of 64 images that the search for patches takes per label with up to ten labels; with more
             it takes fewer, but at least half of that.
         refine_steps: Batches of another search for each of the three labels that are reached furthest, and for the one
-            that is most suspicious when what survives unlearning counts too.
+            that is then most suspicious when what survives unlearning counts too.
 
     Needs:
         Clean images.
@@ -125,14 +125,16 @@ class TriggerScanner(Unlearning, Scanner):
                 advance()
         unlearned = unlearning.diagnose(runs)
         survived = {target.label: target.score for target in unlearned.targets}
-        scores = _scores(look.reaches(), survived)
-        leaders = [*(reach.label for reach in look.reaches()[:LEADERS]), max(scores, key=scores.__getitem__)]
-        leaders = list(dict.fromkeys(leaders))
-        with whole("refine triggers", total=len(leaders)) as advance:
+        leaders = [reach.label for reach in look.reaches()[:LEADERS]]
+        with whole("refine triggers", total=LEADERS + 1) as advance:
             for label in leaders:
-                look.for_patches(label, self.refine_steps, look.held)
-                look.for_perturbation(label, FAINT_STEPS[1], look.held)
+                look.closely(label, self.refine_steps)
                 advance()
+            scores = _scores(look.reaches(), survived)
+            first = max(scores, key=scores.__getitem__)
+            if first not in leaders:
+                look.closely(first, self.refine_steps)
+            advance()
         reaches = look.reaches()
         suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
         look.for_changes([label for label in suspects if label in look.labels])
@@ -271,6 +273,11 @@ class _Look:
         found = bounded(self.model, self.shown, Aim(label), self.norm, self.generator, "l2", steps)
         self.faint[label] = found.success(self.model, held, Aim(label))
         self.perturbations = self._leading({**self.perturbations, label: found})
+
+    def closely(self, label: int, steps: int) -> None:
+        """Search patches and a perturbation for a label once more, for longer, and measure on all held-out images."""
+        self.for_patches(label, steps, self.held)
+        self.for_perturbation(label, FAINT_STEPS[1], self.held)
 
     def for_changes(self, suspects: Sequence[int]) -> None:
         """Search changes of the whole image for the labels that are suspected and a few others."""
