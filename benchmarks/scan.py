@@ -131,8 +131,8 @@ def page() -> Iterator[str]:
     yield "# The scan on models that are known\n"
     yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time, or"
     yield "where the record names a GPU (most with one image per class), on that, shared with other work."
-    yield "Searches ran in bfloat16 for published models with 500 images and with one per class, and warps and"
-    yield "recolorings were compared for those; others are older. `found` means the same."
+    yield "Searches ran in bfloat16, and warps and recolorings were compared, for published models, the repaired one"
+    yield "and clean ones on digits; these last two were searched for a target for every class, too. Others are older."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
