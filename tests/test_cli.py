@@ -44,7 +44,7 @@ FILES = {REPAIRED, CHANGES, REPORT, RECORD}
 QUICK = ("--method=rnp", "--unlearn-epochs=2", "--floor=0.99", "--recover-epochs=1", "--select=count", "--count=3")
 UNRELIABLE = ("--method=rnp", "--unlearn-epochs=2", "--floor=1e-9", "--recover-epochs=1")
 SCANS_QUICKLY = (
-    "import os, signal, sys, untrojan.cli, untrojan.record as record, untrojan.defenses.defense as defense\n"
+    "import os, signal, sys, untrojan.cli, untrojan.writing as writing, untrojan.defenses.defense as defense\n"
     "from untrojan.scanners.unlearning import UnlearningScanner\n"
     "defense.TriggerScanner = UnlearningScanner\n"
 )
@@ -446,10 +446,9 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
 
 
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
-    killed = (
-        f"{SCANS_QUICKLY}record._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nuntrojan.cli.run(sys.argv[1:])"
-    )
-    assert hasattr(untrojan.record, "_move")
+    strike = "writing._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    killed = f"{SCANS_QUICKLY}{strike}\nuntrojan.cli.run(sys.argv[1:])"
+    assert hasattr(untrojan.writing, "_move")
     done = subprocess.run([sys.executable, "-c", killed, *command()], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()

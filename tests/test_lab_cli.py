@@ -20,7 +20,7 @@ def test_attacks_are_listed_for_people(capsys):
     assert "\nblend\n  poisons  10 % of all images, from other classes\n" in out
     assert "\nsig\n  poisons  100 % of the target class, labels unchanged\n" in out
     assert "image=Path, mask=Path" in out
-    assert "k=4, s=0.5, seed=0" in out
+    assert "k=4, s=0.5, covers=2.0, seed=0" in out
 
 
 def test_attacks_are_listed_for_machines(capsys):
