@@ -12,7 +12,6 @@ import copy
 import functools
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +32,7 @@ from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
 from untrojan.model import seeded
 from untrojan.record import Diagnosis
+from untrojan.scanners.aim import Aim
 from untrojan.scanners.patches import Patches
 from untrojan.writing import write_atomic
 
@@ -45,7 +45,7 @@ Parts = dict[str, Any]
 
 
 def _any_patches(
-    student: nn.Module, clean: CleanSet, label: int, found: Patches, generator: torch.Generator, *_: object
+    student: nn.Module, clean: CleanSet, aim: Aim, found: Patches, generator: torch.Generator, *_: object
 ) -> Patches:
     return found.at(found.keys[found.draw(12, generator)])
 
@@ -59,7 +59,7 @@ def _as_they_are(images: Tensor, *_: object) -> Tensor:
 
 
 def _known(attack: Attack) -> Parts:
-    return {"_Triggers.put_on": lambda _, images, __: attack.trigger(images)}
+    return {"_Triggers.put_on": lambda _, images, *__: attack.trigger(images)}
 
 
 VARIANTS: dict[str, Callable[[Attack], tuple[Parts, dict[str, Any]]]] = {
@@ -88,8 +88,6 @@ def path_of(variant: str, victim: str) -> Path:
 
 def run(cell: tuple[str, str]) -> None:
     """Repair one victim with one variant and measure it with its trigger."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     variant, name = cell
     victim = zoo.load(f"digits/digits-cnn/{name}/0", ROOT)
     assert victim.attack is not None
@@ -111,8 +109,6 @@ def run(cell: tuple[str, str]) -> None:
 
 def look(name: str) -> None:
     """Scan one victim."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     victim = zoo.load(f"digits/digits-cnn/{name}/0", ROOT)
     found = untrojan.scan(victim.model, CleanSet.load(IMAGES / "digits-clean.npz")).diagnosis
     blank = [trigger.model_copy(update={"picture": "", "examples": ""}) for trigger in found.triggers]

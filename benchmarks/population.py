@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,7 @@ POISONED = [
 MEMBERS = {member.name: member for member in (*CLEAN, *BACKDOORED, *POISONED)}
 
 
+@cache
 def images_of(data: str) -> tuple[CleanSet, CleanSet]:
     """Training and test images."""
     if data == "digits":

@@ -17,6 +17,7 @@ from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
 SCHEMA_VERSION = 1
 Verdict = Literal["found", "not_found", "inconclusive"]
 ChangeKind = Literal["perturbation", "warp", "recoloring"]
+TriggerKind = Literal["patch"] | ChangeKind
 Status = Literal["repaired", "nothing_to_repair", "failed"]
 
 
@@ -180,7 +181,7 @@ class Trigger(_Part):
     """
 
     label: int | None
-    kind: Literal["patch"] | ChangeKind
+    kind: TriggerKind
     what: str
     success: Rate
     picture: str

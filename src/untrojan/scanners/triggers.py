@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -19,7 +19,7 @@ from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.progress import whole
-from untrojan.record import Calibration, ChangeKind, Comparison, Diagnosis, Rate, Reach, Target, Trigger, Verdict
+from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, TriggerKind, Verdict
 from untrojan.scanners import unlearning
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Change, compare, with_others
@@ -344,7 +344,7 @@ class _Look:
     def _told(
         self,
         aim: Aim,
-        kind: Literal["patch"] | ChangeKind,
+        kind: TriggerKind,
         what: str,
         share: float,
         change: Callable[[Tensor], Tensor],
