@@ -18,7 +18,8 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Record
 from untrojan.registry import describe, make
-from untrojan.sources.files import Checkpoint, restore, save_state, state_sha256
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.undo import restore
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 

@@ -23,7 +23,8 @@ from untrojan.registry import discover, make
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import screen
 from untrojan.scanners.scanner import Scanner
-from untrojan.sources.files import Checkpoint, restore
+from untrojan.sources.files import Checkpoint
+from untrojan.sources.undo import restore
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 

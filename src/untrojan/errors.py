@@ -12,7 +12,13 @@
     UntrojanWarning
     ├── NoEffectWarning    a method changed nothing
     └── UnreliableWarning  the result stands on too little
+
+`cause`, `plain` and `enumerated` put what came from elsewhere into their texts.
 """
+
+from collections.abc import Iterable
+
+_LISTED = 20
 
 
 class UntrojanError(Exception):
@@ -49,3 +55,38 @@ class NoEffectWarning(UntrojanWarning):
 
 class UnreliableWarning(UntrojanWarning):
     """The result stands on too few images or on a step that did not reach its goal."""
+
+
+def cause(error: Exception) -> str:
+    r"""The type of an error and what it says, as one line for a message.
+
+    Example:
+        >>> cause(ValueError("no\nmore"))
+        'ValueError: no more'
+    """
+    # torch says at length why it refuses a pickle before it says what it refused.
+    text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+    return f"{type(error).__name__}: {plain(text)}" if text else type(error).__name__
+
+
+def plain(text: str) -> str:
+    r"""Text from an untrusted file, cut to 200 characters and as it may be shown on a terminal.
+
+    Example:
+        >>> print(plain("\x1b[31mred"))
+        '\x1b[31mred'
+    """
+    text = text if len(text) <= 200 else text[:200] + "…"
+    return text if text.isprintable() else ascii(text)
+
+
+def enumerated(texts: Iterable[str], separator: str) -> str:
+    """The first twenty of many texts from an untrusted file, and how many more there are.
+
+    Example:
+        >>> enumerated(["a", "b"], ", ")
+        'a, b'
+    """
+    shown = [plain(text) for text in texts]
+    rest = [f"and {len(shown) - _LISTED} more"] if len(shown) > _LISTED else []
+    return separator.join(shown[:_LISTED] + rest)

@@ -8,7 +8,7 @@ from untrojan.cli.options import require_writable
 from untrojan.defenses.defense import CHANGES, REPAIRED
 from untrojan.errors import ConfigError, RecordError
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
-from untrojan.sources.files import restore as undo
+from untrojan.sources.undo import restore as undo
 
 
 @click.command()

@@ -31,7 +31,8 @@ from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
-from untrojan.sources.files import Checkpoint, save_changes, save_state, state_sha256
+from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.undo import save_changes
 from untrojan.writing import RECORD, REPORT, sha256, staged, write_atomic
 
 REPAIRED, CHANGES = "repaired.safetensors", "changes.safetensors"

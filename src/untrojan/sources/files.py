@@ -1,21 +1,17 @@
 """Weights in and out: a checkpoint is data, and nothing in it is ever executed.
 
-A file is read whole, once. What it is follows from its content, never from its name. Before a pickle reaches
-torch's tensors-only reader, its instructions are listed without running them, and a single name that is not
-needed for tensors is enough to refuse the file. The list of such names is untrojan's own: nothing that calls
-`torch.serialization.add_safe_globals` elsewhere in the process widens it.
+A file is read whole, once. What it is follows from its content, never from its name. What torch pickled goes to torch's
+tensors-only reader, after `pickles.py` has found nothing in it that would have to run.
 """
 
 import contextlib
 import hashlib
 import io
 import json
-import pickletools
-import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,48 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from untrojan.errors import ModelError, RecordError, UnsafeFileError, UntrojanError
+from untrojan.errors import ModelError, UnsafeFileError, UntrojanError, cause, enumerated
+from untrojan.sources.pickles import refuse_unsafe
 from untrojan.writing import sha256, write_atomic
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 
-_HARMLESS = frozenset(
-    {
-        "collections.OrderedDict",
-        "collections.Counter",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.nn.parameter.Parameter",
-        "torch.serialization._get_layout",
-        "torch.Tensor",
-        "torch.Size",
-        "torch.device",
-        "torch.storage.UntypedStorage",
-        "torch.storage.TypedStorage",
-        "_codecs.encode",
-        "builtins.set",
-        "builtins.bytearray",
-        "__builtin__.set",
-        "__builtin__.bytearray",
-    }
-    | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.qscheme)}
-)
-_STORAGE = re.compile(r"torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage")
-_NOT_DENSE = {
-    "torch._utils._rebuild_sparse_tensor": "sparse",
-    "torch._utils._rebuild_qtensor": "quantized",
-    "torch._utils._rebuild_nested_tensor": "nested",
-    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
-}
 _PICKLES_IN_A_LEGACY_FILE = 5
-_LISTED = 20
-_CHANGES_FORMAT = "untrojan-changes"
-_CHANGES_VERSION = "1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +136,21 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
-        digest.update(_octets(tensor).numpy().data)
+        digest.update(octets(tensor).numpy().data)
     return digest.hexdigest()
+
+
+# Changes
+
+
+def octets(tensor: Tensor) -> Tensor:
+    """The bits of a dense tensor, uint8 `(numel * itemsize,)`, on the CPU.
+
+    Example:
+        >>> octets(torch.tensor([1, -1], dtype=torch.int16))
+        tensor([  1,   0, 255, 255], dtype=torch.uint8)
+    """
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -225,75 +200,6 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return safetensors.torch.load(data), _split(data)[0].get("__metadata__", {})
 
 
-def save_changes(path: str | Path, parent: Mapping[str, Tensor], child: Mapping[str, Tensor]) -> None:
-    """Write what gets `parent` back from `child`: the original values where the two differ in any bit.
-
-    A tensor `KEY` that differs is written as flat positions `index:KEY` (int32, or int64 where they need it)
-    and their original `values:KEY`, or as `full:KEY` where that is not larger.
-
-    Args:
-        path: The file to write, by convention `changes.safetensors`.
-        parent: The state dict before.
-        child: The state dict after, with the same names, shapes and types.
-
-    Raises:
-        RecordError: The two differ in names, shapes or types.
-        OSError: The file cannot be written there.
-
-    Example:
-        >>> import tempfile
-        >>> parent, child = {"w": torch.zeros(9)}, {"w": -torch.zeros(9)}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_changes(Path(folder) / "changes.safetensors", parent, child)
-        ...     restored = restore(child, Path(folder) / "changes.safetensors")
-        >>> bool(restored["w"].signbit().any())
-        False
-    """
-    if different := [name for name in sorted({*parent, *child}) if not _alike(parent.get(name), child.get(name))]:
-        raise RecordError(
-            "expected the same names, shapes and types before and after, they differ in " + _enumerated(different, ", ")
-        )
-    entries: dict[str, Tensor] = {}
-    for name in parent:
-        entries |= _entries(name, parent[name], child[name])
-    metadata = {
-        "format": _CHANGES_FORMAT,
-        "version": _CHANGES_VERSION,
-        "parent": state_sha256(parent),
-        "child": state_sha256(child),
-    }
-    save_state(path, entries, metadata)
-
-
-def restore(child: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Undo a change: give back, bit for bit, the state dict that :func:`save_changes` knew as `parent`.
-
-    Args:
-        child: The state dict that the change file was written for; it is left as it is.
-        path: The change file.
-
-    Returns:
-        New tensors under the names of `child`.
-
-    Raises:
-        RecordError: The file is missing, damaged, no change file, of another version, or for another model.
-    """
-    entries, metadata = _read_changes(path)
-    came = state_sha256(child)
-    if came != metadata.get("child"):
-        raise RecordError(
-            f"{path} belongs to another model: expected state {_plain(metadata.get('child', 'none'))[:16]}…, "
-            f"got {came[:16]}…; give the repaired model that was written with this file"
-        )
-    try:
-        parent = {name: _original(name, tensor, entries) for name, tensor in child.items()}
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise RecordError(f"{path} is damaged: {_cause(error)}") from error
-    if state_sha256(parent) != metadata.get("parent"):
-        raise RecordError(f"{path} is damaged: what it restores is not the model that it was written for")
-    return parent
-
-
 # Files
 
 
@@ -320,37 +226,20 @@ def _reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"cannot read {path}: the file is damaged or made by something else: {_cause(error)}; "
+            f"cannot read {path}: the file is damaged or made by something else: {cause(error)}; "
             "get it again, or have its state dict saved with safetensors"
         ) from error
-
-
-def _cause(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return f"{type(error).__name__}: {_plain(text.splitlines()[0])}" if text else type(error).__name__
-
-
-def _plain(text: str) -> str:
-    """Text from a file as it may be shown on a terminal."""
-    text = text if len(text) <= 200 else text[:200] + "…"
-    return text if text.isprintable() else ascii(text)
-
-
-def _enumerated(texts: Iterable[str], separator: str) -> str:
-    plain = [_plain(text) for text in texts]
-    rest = [f"and {len(plain) - _LISTED} more"] if len(plain) > _LISTED else []
-    return separator.join(plain[:_LISTED] + rest)
 
 
 def _parse(path: str | Path, data: bytes) -> tuple[str, object]:
     """The kind of the file and what it holds."""
     if data.startswith(b"PK\x03\x04"):
-        _refuse_unsafe(path, [_zipped_pickle(path, data)])
+        refuse_unsafe(path, [_zipped_pickle(path, data)])
         return "torch zip", _load_tensors(data)
     if data[4:9] == b"\0\0\0\0{":
         return "safetensors", dict(sorted(safetensors.torch.load(data).items()))
     file = io.BytesIO(data)
-    _refuse_unsafe(path, [file] * _PICKLES_IN_A_LEGACY_FILE)
+    refuse_unsafe(path, [file] * _PICKLES_IN_A_LEGACY_FILE)
     if not data.startswith(b"\x80"):
         raise ModelError(f"cannot read {path}: it is neither a safetensors file nor a torch file")
     return "torch legacy pickle", _load_tensors(data)
@@ -391,51 +280,6 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8:end]), data[end:]
 
 
-# Pickles, read without running them
-
-
-def _refuse_unsafe(path: str | Path, pickles: Iterable[io.BytesIO]) -> None:
-    named = dict.fromkeys(name for file in pickles for name in _globals(file))
-    known = _HARMLESS | _NOT_DENSE.keys()
-    if unsafe := [name for name in named if name not in known and not _STORAGE.fullmatch(name)]:
-        raise UnsafeFileError(
-            f"{path} needs more than tensors to be read, and nothing of it was run: "
-            f"it asks for {_enumerated(unsafe, ', ')}\n"
-            "Ask its author for the weights alone, or convert it on an isolated machine, with safetensors:\n"
-            f"    loaded = torch.load({Path(path).name!r}, map_location='cpu', weights_only=False)\n"
-            "    weights = loaded.state_dict()  # loaded['model'] or the like, where a dict was saved\n"
-            "    save_file({k: v.contiguous() for k, v in weights.items()}, 'weights.safetensors')"
-        )
-    if odd := [_NOT_DENSE[name] for name in named if name in _NOT_DENSE]:
-        raise ModelError(
-            f"{path} holds {' and '.join(odd)} tensors; expected dense ones: save `tensor.to_dense()` "
-            "or `tensor.dequantize()` instead"
-        )
-
-
-def _globals(file: io.BytesIO) -> list[str]:
-    """Every `module.name` that the next pickle in `file` would import, also where it breaks off later."""
-    found: list[str] = []
-    pushed = ["", ""]
-    memo: dict[int, str] = {}
-    with contextlib.suppress(Exception):  # a broken pickle is torch's to report
-        for opcode, argument, _ in pickletools.genops(file):
-            match opcode.name:
-                case "GLOBAL" | "INST":
-                    found.append(str(argument).replace(" ", ".", 1))
-                case "STACK_GLOBAL":
-                    found.append(".".join(pushed[-2:]))
-                case "MEMOIZE":
-                    memo[len(memo)] = pushed[-1]
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(str(argument))] = pushed[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    pushed.append(memo.get(int(str(argument)), ""))
-                case _ if isinstance(argument, str):
-                    pushed.append(argument)
-    return found
-
-
 # State dicts
 
 
@@ -445,7 +289,7 @@ def _state_dict(path: str | Path, loaded: object) -> tuple[str, dict[str, Tensor
         raise ModelError(f"{path} holds a {type(loaded).__name__}; expected a state dict: names and their tensors")
     found = dict(_state_dicts(loaded, ()))
     if not found:
-        keys = _enumerated((str(key) for key in dict.keys(loaded)), ", ") or "nothing"
+        keys = enumerated((str(key) for key in dict.keys(loaded)), ", ") or "nothing"
         raise ModelError(f"{path} holds no tensors by name; at its top are: {keys}")
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} state dicts, under {' and '.join(found)}; expected one by itself")
@@ -474,9 +318,9 @@ def _refuse_odd_tensors(path: str | Path, tensors: Mapping[str, Tensor], size: i
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta
     ]
     if odd:
-        raise ModelError(f"{path} holds tensors that are not dense and real: {_enumerated(odd, ', ')}")
+        raise ModelError(f"{path} holds tensors that are not dense and real: {enumerated(odd, ', ')}")
     if hollow := [name for name, tensor in tensors.items() if tensor.nbytes > size]:
-        raise ModelError(f"{path} claims tensors that are larger than the file: {_enumerated(hollow, ', ')}")
+        raise ModelError(f"{path} claims tensors that are larger than the file: {enumerated(hollow, ', ')}")
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -513,7 +357,7 @@ def _misfits(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list
         ],
     }
     return [
-        f"  {len(names)} {title}:\n    {_enumerated(names, chr(10) + '    ')}"
+        f"  {len(names)} {title}:\n    {enumerated(names, chr(10) + '    ')}"
         for title, names in groups.items()
         if names
     ]
@@ -536,56 +380,3 @@ def _hints(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list[s
     if came_first is not None and came_first.ndim >= 2 and came_first.shape[1] != first.shape[1]:
         hints.append(f"hint: the file takes {came_first.shape[1]} channels; the net was built with {first.shape[1]}")
     return hints
-
-
-# Changes
-
-
-def _octets(tensor: Tensor) -> Tensor:
-    """The bits of a tensor, uint8 `(numel * itemsize,)`."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The bits of a tensor, uint8 `(numel, itemsize)`."""
-    return _octets(tensor).reshape(-1, tensor.itemsize)
-
-
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-
-
-def _entries(name: str, parent: Tensor, child: Tensor) -> dict[str, Tensor]:
-    before = _rows(parent)
-    index = (before != _rows(child)).any(dim=1).nonzero().flatten()
-    if not len(index):
-        return {}
-    if parent.numel() <= torch.iinfo(torch.int32).max:
-        index = index.to(torch.int32)
-    if index.nbytes + len(index) * parent.itemsize >= parent.nbytes:
-        return {f"full:{name}": parent}
-    return {f"index:{name}": index, f"values:{name}": before[index].flatten().view(parent.dtype)}
-
-
-def _original(name: str, child: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
-    if f"full:{name}" in entries:
-        return entries[f"full:{name}"].clone()
-    rows = _rows(child).clone()
-    if f"index:{name}" in entries:
-        rows[entries[f"index:{name}"].long()] = _rows(entries[f"values:{name}"])
-    return rows.flatten().view(child.dtype).reshape(child.shape)
-
-
-def _read_changes(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        entries, metadata = read_state(path)
-    except ModelError as error:
-        raise RecordError(str(error)) from error
-    if metadata.get("format") != _CHANGES_FORMAT:
-        raise RecordError(f"{path} is not a change file; expected a file that `save_changes` wrote")
-    if metadata.get("version") != _CHANGES_VERSION:
-        raise RecordError(
-            f"{path} is a change file of version {_plain(str(metadata.get('version')))}; "
-            f"this untrojan reads version {_CHANGES_VERSION}"
-        )
-    return entries, metadata

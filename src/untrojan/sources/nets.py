@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, cause
 
 
 class SmallVGG(nn.Sequential):
@@ -572,7 +572,7 @@ def _import(module: str, where: str) -> Callable[..., object]:
         return attrgetter(where)(importlib.import_module(module))
     except Exception as error:
         raise ConfigError(
-            f"cannot import {module}:{where}: {_cause(error)}; expected package.module:callable, "
+            f"cannot import {module}:{where}: {cause(error)}; expected package.module:callable, "
             f"importable from {Path.cwd()}, or one of {', '.join(NETS)}"
         ) from error
 
@@ -581,14 +581,10 @@ def _call(name: str, factory: Callable[..., object], values: Mapping[str, Any]) 
     try:
         net = factory(**values)
     except Exception as error:
-        raise ConfigError(f"{name} could not be built: {_cause(error)}") from error
+        raise ConfigError(f"{name} could not be built: {cause(error)}") from error
     if not isinstance(net, nn.Module):
         raise ConfigError(f"expected {name} to return a torch.nn.Module, got {type(net).__name__}")
     return net
-
-
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
 
 
 def _parse(name: str, factory: Callable[..., object], arguments: str) -> dict[str, Any]:
@@ -596,7 +592,7 @@ def _parse(name: str, factory: Callable[..., object], arguments: str) -> dict[st
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"cannot tell the arguments of {name}: {_cause(error)}") from error
+        raise ConfigError(f"cannot tell the arguments of {name}: {cause(error)}") from error
     values: dict[str, Any] = {}
     for part in arguments.split(",") if arguments else []:
         key, equals, text = (piece.strip() for piece in part.partition("="))
