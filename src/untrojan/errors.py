@@ -58,14 +58,15 @@ class UnreliableWarning(UntrojanWarning):
 
 
 def cause(error: Exception) -> str:
-    r"""The type of an error and what it says, as one line for a message.
+    r"""The type of an error and the first paragraph of what it says, as one line for a message.
 
     Example:
         >>> cause(ValueError("no\nmore"))
         'ValueError: no more'
     """
     # torch says at length why it refuses a pickle before it says what it refused.
-    text = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n\n")[0]
+    text = " ".join(text.split())
     return f"{type(error).__name__}: {plain(text)}" if text else type(error).__name__
 
 
