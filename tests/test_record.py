@@ -83,6 +83,18 @@ def test_a_trigger_is_spread_where_no_patch_was_shown_or_a_perturbation_does_mor
     assert found_by(kind, faint).spread_over(None) is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "faint", "patched"),
+    [("patch", 0.6, True), ("patch", 0.66, False), ("warp", 0.1, False), (None, 0.6, True), (None, 0.66, False)],
+)
+def test_a_trigger_is_a_patch_where_one_was_shown_or_none_at_all_but_patches_reach_the_label(kind, faint, patched):
+    diagnosis = found_by(kind or "patch", faint)
+    shown = diagnosis.triggers if kind else []
+    diagnosis = diagnosis.model_copy(update={"triggers": shown})
+    assert diagnosis.patched(2) == patched
+    assert not diagnosis.patched(1)
+
+
 @given(st.integers(1, 10**7).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_the_interval_holds_the_rate(counts):
     rate = Rate.of(*counts)

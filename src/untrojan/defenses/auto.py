@@ -64,13 +64,13 @@ class Auto(Tuning):
     rate falls from round to round. Running statistics and dropout stay as they are, and the weights delivered are a
     moving average.
 
-    Where the scan recovered a patch, three quarters of the images carry a patch and the others a perturbation of few
-    pixels. Where it recovered anything else or nothing, where a perturbation reaches more images than patches do, or
-    where a warp reaches much further into the label than into others, the trigger may be spread over the image. Then a
-    quarter of the images carry a patch and the others a universal perturbation, a warp or a recoloring, most of them of
-    the kind that reaches further into the label than into others. These go on climbing while the model learns, so that
-    it never learns to ignore just one, half of the images have another image or noise laid over them too, and the
-    learning rate falls less.
+    Where the scan recovered a patch, or nothing while patches reach most images, three quarters of the images carry a
+    patch and the others a perturbation of few pixels. Where it recovered anything else, where a perturbation reaches
+    more images than patches do, or where a warp reaches much further into the label than into others, the trigger may
+    be spread over the image. Then a quarter of the images carry a patch and the others a universal perturbation, a warp
+    or a recoloring, most of them of the kind that reaches further into the label than into others. These go on climbing
+    while the model learns, so that it never learns to ignore just one, half of the images have another image or noise
+    laid over them too, and the learning rate falls less.
 
     Where the scan found a trigger with a target for every class, images are led away from their own label instead, by
     patches and perturbations of few pixels.
@@ -136,8 +136,7 @@ class Auto(Tuning):
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         teacher, student = faster(teacher, clean), faster(model, clean)
-        patched = any(each.label == aim.label and each.kind == "patch" for each in diagnosis.triggers)
-        local = patched and diagnosis.spread_over(aim.label) is None
+        local = diagnosis.patched(aim.label)
         norm = (1 if local else 2) * faint(diagnosis, clean)
         triggers = _Triggers(aim, clean.shape, norm, generator)
         if aim.label is not None:
