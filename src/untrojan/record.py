@@ -252,7 +252,7 @@ class Diagnosis(_Part):
         return next((each.norm for each in self.reaches if each.label == label and (shown or each.spread)), None)
 
     def patched(self, label: int | None) -> bool:
-        """Whether its trigger is a small patch: one was shown, or no trigger but patches reach it; spread is neither."""
+        """Whether its trigger is a small patch: one was shown, or nothing but patches reach it; none is spread."""
         shown = [each.kind for each in self.triggers if each.label == label]
         reached = any(each.label == label and each.mean >= 0.5 for each in self.reaches)
         return ("patch" in shown if shown else reached) and self.spread_over(label) is None
