@@ -139,7 +139,7 @@ def repaired() -> Iterator[str]:
     cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
     rows = {cell["model"]: cell for cell in cells}
     yield "\n## `auto` on these models\n"
-    yield f"Half of the test images, or {CLEANS} of CIFAR-10, were its clean images, others measured the result; one seed."
+    yield f"Half of the test images, or {CLEANS} of CIFAR-10, were its clean images; others measured it; one seed."
     yield "Models with a star are older than the present settings of `auto`.\n"
     yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
     yield "|---|---|---|---|---|---|---|"
