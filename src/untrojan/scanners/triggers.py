@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 HELD_OUT = 0.3
 SIZES = (1, 1.5, 2.25, 3, 4)
+STRONGEST = 32
 LEADERS = 3
 FEW_LABELS = 10
 EXAMPLES = 8
@@ -79,7 +80,8 @@ class TriggerScanner(Unlearning, Scanner):
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
         search_steps: Batches of 64 images that the search for patches takes per label with up to ten labels; with more
-            it takes fewer, but at least half of that.
+            it takes fewer, but at least half of that, and as many again for the half of the labels whose patches work
+            best on the images that it searched on.
         refine_steps: Batches of another search for each of the three labels that are reached furthest, and for the one
             that is then most suspicious when what survives unlearning counts too.
 
@@ -115,6 +117,12 @@ class TriggerScanner(Unlearning, Scanner):
                 look.for_patches(label, self._steps(classes), look.few)
                 look.for_perturbation(label, FAINT_STEPS[0], look.few)
                 advance()
+        if classes > FEW_LABELS:
+            promising = look.promising()
+            with whole("search more patches", total=len(promising)) as advance:
+                for label in promising:
+                    look.for_patches(label, self._steps(classes), look.few, again=True)
+                    advance()
         with whole("search stronger ones", total=DOUBLINGS) as advance:
             for _ in range(DOUBLINGS):
                 if look.median_faint() >= FAINTEST_SHARE:
@@ -254,19 +262,25 @@ class _Look:
         self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]
         self.norm = faintest(held.shape)
         self.shares = {label: [0.0] * len(SIZES) for label in self.labels}
+        self.strength = dict.fromkeys(self.labels, 0.0)
         self.faint = dict.fromkeys(self.labels, 0.0)
         self.patches: dict[int, Patches] = {}
         self.perturbations: dict[int, Perturbation] = {}
         self.changes: list[Change] = []
 
-    def for_patches(self, label: int, steps: int, held: CleanSet) -> None:
-        """Search patches for a label, near what was found before."""
+    def for_patches(self, label: int, steps: int, held: CleanSet, again: bool = False) -> None:
+        """Search patches for a label, near what was found before; searched again, the better result counts."""
         patches = search(self.model, self.shown, Aim(label), self.generator, self.patches.get(label), steps)
         best = measured(self.model, held, Aim(label), patches, self.sizes[-1])
-        self.shares[label] = [
-            max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes
-        ]
+        shares = [max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes]
+        before = self.shares[label] if again else shares
+        self.shares[label] = [*map(max, before, shares)]
+        self.strength[label] = float(patches.strength.topk(min(STRONGEST, len(patches.strength))).values.mean())
         self.patches = self._leading({**self.patches, label: patches})
+
+    def promising(self) -> list[int]:
+        """The half of the labels whose patches work best on the images that they were searched on."""
+        return sorted(self.labels, key=lambda label: -self.strength[label])[: len(self.labels) // 2]
 
     def for_perturbation(self, label: int, steps: int, held: CleanSet) -> None:
         """Search a perturbation for a label."""
