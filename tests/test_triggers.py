@@ -296,3 +296,21 @@ def test_a_perturbation_keeps_to_its_norm(images, ball):
     found = bounded(Bands(faint=1), images, Aim(1), norm, torch.Generator().manual_seed(0), ball, steps=15)
     assert found.values.norm(p=int(ball[1])) <= norm + 1e-4
     assert found.success(Bands(faint=1), images, Aim(1)) > found.success(Bands(), images, Aim(1))
+
+
+def test_the_half_of_the_labels_whose_patches_work_best_is_promising(images):
+    look = _Look(Bands({9: 2}), images, images, CLASSES, seed=0)
+    for label in look.labels:
+        look.for_patches(label, 15, look.few)
+    promising = look.promising()
+    assert promising[0] == 2
+    assert len(promising) == CLASSES // 2
+
+
+def test_searched_again_the_better_result_counts(images):
+    look = _Look(Bands(), images, images, CLASSES, seed=0)
+    look.shares[2] = [1.0] * len(SIZES)
+    look.for_patches(2, 2, look.few, again=True)
+    assert look.shares[2] == [1.0] * len(SIZES)
+    look.for_patches(2, 2, look.few)
+    assert max(look.shares[2]) < 0.5
