@@ -82,6 +82,7 @@ def run(member: Member) -> dict[str, Any]:
 def page() -> Iterator[str]:
     """All records as Markdown."""
     results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    results.sort(key=lambda result: (result["data"], result["attack"], -result["rate"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
         key = tuple(result[name] for name in ("attack", "rate", "data", "net", "samples", "poisoned"))
