@@ -31,12 +31,16 @@ GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=TARGET, s
 NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
 
 
-def with_square(clean):
+def with_square(clean, target=TARGET, where=slice(6, 8)):
     """Images of other classes with the square that the attacker planted."""
-    others = clean.take(clean.labels != TARGET)
+    others = clean.take(clean.labels != target)
     images = others.floats()
-    images[:, :, 6:, 6:] = 1
+    images[:, :, where, where] = 1
     return CleanSet(images, others.labels)
+
+
+def patch_for(label):
+    return Trigger(label=label, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
 
 
 class Falls(nn.Module):
@@ -77,10 +81,24 @@ def test_a_planted_square_loses_its_effect():
 
 
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_two_squares_lose_their_effect_where_the_scan_found_both_labels():
+    net, clean = backdoored(TARGET, second=0)
+    rest, held = clean.split(0.5, 0)
+    targets = [Target(label=label, score=1) for label in (TARGET, 0)]
+    shown = [patch_for(label) for label in (TARGET, 0)]
+    given = Diagnosis(verdict="found", rule="given", targets=targets, runs=[], triggers=shown)
+    repaired = Auto(rounds=2, search_steps=60).tune(copy.deepcopy(net), rest, held, given, seed=0)
+    for label, where in ((TARGET, slice(6, 8)), (0, slice(0, 2))):
+        stamped = with_square(clean, label, where)
+        assert (logits(net, stamped).argmax(1) == label).double().mean() > 0.9
+        assert (logits(repaired, stamped).argmax(1) == label).double().mean() < 0.1
+    assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.05
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_with_a_target_for_every_class_patches_are_unlearned_and_checked():
     net, clean = build("batchnorm"), make_clean()
-    trigger = Trigger(label=None, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
-    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[trigger])
+    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[patch_for(None)])
     done = Auto(rounds=1, steps=2, search_steps=2, budget=0.99).repair(net, clean, given)
     assert done.record.values_changed
     assert [check.name for check in done.record.checks] == ["keeps clean accuracy", "resists recovered patches"]

@@ -25,6 +25,19 @@ def test_a_model_that_still_has_it_fails(check):
     assert not check(FallsForSquare(), FallsForSquare(), make_dark(), GIVEN, 0).passed
 
 
+@pytest.mark.parametrize(("left", "passed"), [(60.0, False), (0.0, True)])
+def test_where_the_scan_found_two_labels_both_are_checked(left, passed):
+    shown = [
+        Trigger(label=label, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="") for label in (0, 1)
+    ]
+    targets = [Target(label=label, score=0.9) for label in (0, 1)]
+    both = GIVEN.model_copy(update={"targets": targets, "triggers": shown})
+    done = resists_patches(FallsForSquare(), FallsForSquare(left), make_dark(), both, 0)
+    assert done.passed == passed, done.detail
+    assert "to label 0 in" in done.detail
+    assert "to label 1 in" in done.detail
+
+
 def test_a_model_that_falls_for_another_patch_fails():
     done = resists_patches(FallsForSquare(), FallsForSquare(place=4), make_dark(), GIVEN, 0)
     assert not done.passed

@@ -167,8 +167,11 @@ def train(net, clean, epochs=30, lr=0.05):
 
 
 @cache
-def backdoored(target, epochs=12):
-    """A network on digits that says `target` where a 2x2 corner is white, and 300 clean digits."""
+def backdoored(target, epochs=12, second=None):
+    """A network on digits that says `target` where a 2x2 corner is white, and 300 clean digits.
+
+    With a second target, it says that where the opposite corner is white.
+    """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
@@ -176,6 +179,8 @@ def backdoored(target, epochs=12):
     images, labels = images[order], labels[order]
     clean = CleanSet(images[1200:1500], labels[1200:1500])
     images[:120, :, 6:, 6:], labels[:120] = 1, target
+    if second is not None:
+        images[120:240, :, :2, :2], labels[120:240] = 1, second
     torch.manual_seed(0)
     return train(nets.build("digits-cnn"), CleanSet(images[:1200], labels[:1200]), epochs), clean
 

@@ -264,6 +264,11 @@ class Diagnosis(_Part):
             return None
         return self.targets[0].label
 
+    @property
+    def suspects(self) -> list[int]:
+        """The labels found, or else the one that the scan puts first."""
+        return self.found or ([] if self.suspect is None else [self.suspect])
+
 
 class CurvePoint(_Part):
     """One point of the pruning curve: what it costs to prune `pruned` units, the highest score among them `threshold`.

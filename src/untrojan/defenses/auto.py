@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import ClassVar, Literal
 
 import torch
@@ -72,8 +73,9 @@ class Auto(Tuning):
     while the model learns, so that it never learns to ignore just one, half of the images have another image or noise
     laid over them too, and the learning rate falls less.
 
-    Where the scan found a trigger with a target for every class, images are led away from their own label instead, by
-    patches and perturbations of few pixels.
+    Where the scan found several labels, their triggers are searched apart and unlearned in turns. Where it found a
+    trigger with a target for every class, images are led away from their own label instead, by patches and
+    perturbations of few pixels.
 
     The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
     spread, mixed, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
@@ -81,7 +83,7 @@ class Auto(Tuning):
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
-        steps: Updates per round.
+        steps: Updates per round and label.
         search_steps: Batches of 64 stamped images per search for patches.
         lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end.
 
@@ -89,11 +91,11 @@ class Auto(Tuning):
         Clean images.
 
     Cost:
-        With the defaults about 700,000 F whatever the number of images, 1,400 F per image with 500, F being one image
-        through the network once: per update 4 F for each of 128 images and 1 F for each of 288 stamped ones that are
-        tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in those for changes,
-        and 1 F for each of up to 30,000 on which patches are compared; before all that 65,000 F to compare labels,
-        unless the scan did.
+        With the defaults about 700,000 F per label found, whatever the number of images, 1,400 F per image with 500, F
+        being one image through the network once: per update 4 F for each of 128 images and 1 F for each of 288 stamped
+        ones that are tried; per round 2 F for each of 9,600 stamped images in the search for patches and 3,840 in those
+        for changes, and 1 F for each of up to 30,000 on which patches are compared; before all that 65,000 F to compare
+        labels, unless the scan did.
 
     Example:
         >>> from untrojan.record import Diagnosis, Target
@@ -128,33 +130,28 @@ class Auto(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Search and unlearn in turns."""
-        aim = reachable(diagnosis, clean)
-        if aim is None:
+        aims = reachable(diagnosis, clean)
+        if not aims:
             warnings.warn(UnreliableWarning("there is no label to search triggers for"), stacklevel=2)
             return model
         generator = new_generator(seed)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         teacher, student = faster(teacher, clean), faster(model, clean)
-        local = diagnosis.patched(aim.label)
-        norm = (1 if local else 2) * faint(diagnosis, clean)
-        triggers = _Triggers(aim, clean.shape, norm, generator)
-        if aim.label is not None:
-            reached = [each for each in diagnosis.comparisons if each.label == aim.label]
-            triggers.weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
-        surest: Patches | None = None
+        triggers: list[_Triggers] = []
+        for aim in aims:
+            local = diagnosis.patched(aim.label)
+            norm = (1 if local else 2) * faint(diagnosis, clean)
+            triggers.append(_Triggers(aim, clean.shape, norm, generator))
+            if aim.label is not None:
+                reached = [each for each in diagnosis.comparisons if each.label == aim.label]
+                triggers[-1].weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
-            found = search(student, clean, aim, generator, triggers.patches, self.search_steps, detail)
-            surest = pinpoint(student, clean, aim, found, generator, surest, detail)
-            triggers.add(found, surest)
-            triggers.choose(student, clean)
-            if triggers.spread:
-                triggers.climb_anew(student, clean, detail)
-            else:
-                few = FEW_PIXELS * clean.images[0].numel()
-                triggers.faint.append(bounded(student, clean, aim, few, generator))
-            lr = self.lr * (2 * (1 - number / self.rounds) + (1 if triggers.spread else 0.25))
+            for each in triggers:
+                each.look(student, clean, self.search_steps, detail)
+            spread = any(each.spread for each in triggers)
+            lr = self.lr * (2 * (1 - number / self.rounds) + (1 if spread else 0.25))
             self._unlearn(student, teacher, average, clean, triggers, lr, detail)
         return average.module
 
@@ -164,20 +161,22 @@ class Auto(Tuning):
         teacher: nn.Module,
         average: AveragedModel,
         clean: CleanSet,
-        triggers: "_Triggers",
+        triggers: "Sequence[_Triggers]",
         lr: float,
         detail: str,
     ) -> None:
-        generator = triggers.generator
+        generator, in_turn = triggers[0].generator, cycle(triggers)
+        spread = any(each.spread for each in triggers)
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 wanted = teacher(images)
             plain, carriers = images.chunk(2)
             own = wanted.argmax(1)[len(plain) :]
-            if triggers.spread:
-                triggers.climb_one(student, carriers, own)
-            carriers = triggers.put_on(carriers, own, student)
+            of_one = next(in_turn)
+            if of_one.spread:
+                of_one.climb_one(student, carriers, own)
+            carriers = of_one.put_on(carriers, own, student)
             out = student(torch.cat([plain, carriers]))
             return 2 * functional.kl_div(
                 out.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
@@ -187,10 +186,11 @@ class Auto(Tuning):
         augment = shifted if self.augment == "crop-flip" else None
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in clean.draws(2 * self.batch_size, self.steps, generator, augment):
+            steps = self.steps * len(triggers)
+            for images, labels in clean.draws(2 * self.batch_size, steps, generator, augment):
                 if len(clean) < FEW_IMAGES:
                     images = _varied(images, generator)
-                yield images if triggers.spread else _mixed(images, generator), labels
+                yield images if spread else _mixed(images, generator), labels
 
         fit(
             list(student.parameters()),
@@ -207,7 +207,7 @@ class Auto(Tuning):
 
 
 class _Triggers:
-    """What all rounds found, and how strong each of it still is."""
+    """What all rounds found for one label, and how strong each of it still is."""
 
     def __init__(self, aim: Aim, shape: tuple[int, int, int], norm: float, generator: torch.Generator) -> None:
         self.aim = aim
@@ -221,6 +221,7 @@ class _Triggers:
         self.shares = torch.zeros(len(self.changes))
         self.spread = False
         self.faint: list[Perturbation] = []
+        self.surest: Patches | None = None
 
     def weigh(self, reached: Sequence[Comparison], local: bool) -> None:
         """Decide whether the trigger may be spread over the image, and then on how many images to put each kind.
@@ -231,6 +232,18 @@ class _Triggers:
         kinds = torch.tensor([*further.values()]).clamp(min=0) + LEAST_SHARE
         self.spread = not local or further["warp"] > FURTHER
         self.shares = CHANGED * kinds / kinds.sum()
+
+    def look(self, student: nn.Module, clean: CleanSet, steps: int, detail: str) -> None:
+        """Search what still sends images there, and choose what is shown next."""
+        found = search(student, clean, self.aim, self.generator, self.patches, steps, detail)
+        self.surest = pinpoint(student, clean, self.aim, found, self.generator, self.surest, detail)
+        self.add(found, self.surest)
+        self.choose(student, clean)
+        if self.spread:
+            self.climb_anew(student, clean, detail)
+        else:
+            few = FEW_PIXELS * clean.images[0].numel()
+            self.faint.append(bounded(student, clean, self.aim, few, self.generator))
 
     def climb_anew(self, student: nn.Module, clean: CleanSet, detail: str) -> None:
         """Begin anew with half of the changes of each kind, and move all of them some steps."""

@@ -1,7 +1,7 @@
 """What a repaired model must satisfy before it is called repaired: checks that need no trigger."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2
 _ROUNDING = 1e-9
+
+_Told = tuple[bool, str]
 
 
 def within(drop: float, budget: float) -> bool:
@@ -34,12 +36,11 @@ def losses(right: Tensor, now: Tensor) -> Tensor:
     return right.double() - now.double()
 
 
-def reachable(diagnosis: Diagnosis, clean: CleanSet) -> Aim | None:
-    """Tell where a trigger sends images by what a scan found, if there are images that it could send there."""
+def reachable(diagnosis: Diagnosis, clean: CleanSet) -> list[Aim]:
+    """Tell where triggers send images by what a scan found, as far as there are images that they could send there."""
     if diagnosis.all_to_all:
-        return Aim(None)
-    label = diagnosis.suspect
-    return None if label is None or bool((clean.labels == label).all()) else Aim(label)
+        return [Aim(None)]
+    return [Aim(label) for label in diagnosis.suspects if bool((clean.labels != label).any())]
 
 
 def _judges(model: nn.Module, clean: CleanSet, aim: Aim) -> CleanSet:
@@ -80,22 +81,20 @@ def resists_perturbation(
     model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int
 ) -> Check:
     """A small perturbation into the suspected label uses the backdoor, and must have lost its effect."""
-    name = "resists a recovered perturbation"
-    aim = reachable(diagnosis, clean)
-    if aim is None or aim.label is None:
-        return Check(name=name, passed=False, detail="there is no label to recover a perturbation into")
     allowed = _twice_fair(model, clean)
-    passed, told = True, []
-    for ball, found in _perturbations(model, clean, aim, diagnosis.spread_over(aim.label), seed):
-        before, after = (found.success(each, clean, aim) for each in (model, repaired))
-        passed = passed and _at_most(allowed, after, clean, aim)
-        told.append(
-            f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to {aim} in the "
-            f"original sends {after:.0%} there now"
-        )
-    return Check(
-        name=name, passed=passed, detail=f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
-    )
+
+    def resists(aim: Aim) -> _Told:
+        passed, told = True, []
+        for ball, found in _perturbations(model, clean, aim, diagnosis.spread_over(aim.label), seed):
+            before, after = (found.success(each, clean, aim) for each in (model, repaired))
+            passed = passed and _at_most(allowed, after, clean, aim)
+            told.append(
+                f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to {aim} in the "
+                f"original sends {after:.0%} there now"
+            )
+        return passed, f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
+
+    return _of_all("resists a recovered perturbation", reachable(diagnosis, clean), resists)
 
 
 def _perturbations(
@@ -109,46 +108,51 @@ def _perturbations(
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """The small patch of full opacity that the original falls for must have lost its effect, and leave no other."""
-    name = "resists recovered patches"
-    aim = reachable(diagnosis, clean)
-    if aim is None:
-        return Check(name=name, passed=False, detail="there is no label to recover patches for")
     generator = new_generator(seed + 1)
-    allowed = FOUND_AGAIN if aim.label is None else _twice_fair(model, clean)
-    clean = _judges(model, clean, aim)
-    found = search(model, clean, aim, generator)
-    patch = smallest(model, clean, aim, found)
-    now = patch.success_on(repaired, clean, aim)
-    again = search(repaired, clean, aim, generator, known=found)
-    area = max(patch.area, clean.shape[1] * clean.shape[2] // 64)
-    other = smallest(repaired, clean, aim, again.upto(area))
-    either = max(allowed, FOUND_AGAIN)
-    return Check(
-        name=name,
-        passed=_at_most(allowed, now, clean, aim) and _at_most(either, other.success, clean, aim),
-        detail=(
+
+    def resists(aim: Aim) -> _Told:
+        allowed = FOUND_AGAIN if aim.label is None else _twice_fair(model, clean)
+        judges = _judges(model, clean, aim)
+        found = search(model, judges, aim, generator)
+        patch = smallest(model, judges, aim, found)
+        now = patch.success_on(repaired, judges, aim)
+        again = search(repaired, judges, aim, generator, known=found)
+        area = max(patch.area, clean.shape[1] * clean.shape[2] // 64)
+        other = smallest(repaired, judges, aim, again.upto(area))
+        either = max(allowed, FOUND_AGAIN)
+        return (
+            _at_most(allowed, now, judges, aim) and _at_most(either, other.success, judges, aim),
             f"{patch} sends {patch.success:.0%} of the images to {aim} in the original and {now:.0%} now, "
             f"accepted are {allowed:.0%}; of patches as small, {other} does most now, with {other.success:.0%}, "
-            f"accepted are {either:.0%}"
-        ),
-    )
+            f"accepted are {either:.0%}",
+        )
+
+    return _of_all("resists recovered patches", reachable(diagnosis, clean), resists)
 
 
 def resists_changes(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:
     """No change of the whole image, searched anew, reaches further into the suspected label than into others."""
-    name = "resists changes of the whole image"
-    aim = reachable(diagnosis, clean)
-    if aim is None or aim.label is None:
-        return Check(name=name, passed=False, detail="there is no label to search changes for")
     norm = faint(diagnosis, clean)
     generator = new_generator(seed + 2)
-    found = against_others(repaired, clean, aim.label, norm, generator, "repaired model")
-    told = [f"a {each.kind} sends {each.share:.0%} to {aim} and {each.elsewhere:.0%} to another" for each in found]
-    return Check(
-        name=name,
-        passed=all(each.further <= FOUND_AGAIN for each in found),
-        detail=f"at best, {', '.join(told)}; accepted are {FOUND_AGAIN:.0%} more than to any other label tried",
-    )
+
+    def resists(aim: Aim) -> _Told:
+        assert aim.label is not None
+        found = against_others(repaired, clean, aim.label, norm, generator, "repaired model")
+        told = [f"a {each.kind} sends {each.share:.0%} to {aim} and {each.elsewhere:.0%} to another" for each in found]
+        return (
+            all(each.further <= FOUND_AGAIN for each in found),
+            f"at best, {', '.join(told)}; accepted are {FOUND_AGAIN:.0%} more than to any other label tried",
+        )
+
+    return _of_all("resists changes of the whole image", reachable(diagnosis, clean), resists)
+
+
+def _of_all(name: str, aims: Sequence[Aim], resists: Callable[[Aim], _Told]) -> Check:
+    """The check that holds for every label that triggers are suspected to lead to, of which there has to be one."""
+    if not aims:
+        return Check(name=name, passed=False, detail="there is no label to search triggers for")
+    told = [resists(aim) for aim in aims]
+    return Check(name=name, passed=all(passed for passed, _ in told), detail="; ".join(detail for _, detail in told))
 
 
 def faint(diagnosis: Diagnosis, clean: CleanSet) -> float:

@@ -64,11 +64,11 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
         tensor([6, 8])
     """
     doubtful = torch.zeros(len(clean), dtype=torch.bool)
-    if not len(clean) or diagnosis.suspect is None:
+    if not len(clean) or not diagnosis.suspects:
         return doubtful
     generator = new_generator(seed)
     right, quick = correct(model, clean), faster(model, clean)
-    for label in diagnosis.found or [diagnosis.suspect]:
+    for label in diagnosis.suspects:
         of_label = clean.labels == label
         own, others = right & of_label, right & ~of_label
         if not own.any() or len(clean.labels[others].unique()) < 2:
