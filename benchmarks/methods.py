@@ -261,8 +261,9 @@ def page() -> str:
         "without the check `resists recovered patches` are older than that check and than the loss of another, which "
         "asked that unlearning no longer ends on the suspected label and failed good repairs; those without `resists "
         "changes of the whole image` are older than that one, and of `auto`, than what it does about such changes. Of "
-        "one-shot, only seed 0 has `auto` zoom, recolor and paste images. Cells with poisoned images had these told by "
-        "covering recovered patches, but those of trojan_sq and trojan_wm with 5 percent, where that told none.",
+        "one-shot, seed 0 is older than the present scan, and than taking a trigger for a patch where none was shown "
+        "but patches reach the label. Cells with poisoned images had these told by covering recovered patches, but "
+        "those of trojan_sq and trojan_wm with 5 percent, where that told none.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
