@@ -66,10 +66,10 @@ def test_rates_of_newcombe_and_others(count, total, low, high):
     assert (rate.low, rate.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
 
 
-def found_by(kind, faint):
+def found_by(kind, faint, images=100):
     """A scan that shows a trigger of this kind, where patches send 60 % to the label on average."""
     reach = Reach(label=2, sizes=[1, 2], shares=[0.2, 1.0], norm=1.5, faint=faint, far=1.25)
-    trigger = Trigger(label=2, kind=kind, what="", success=Rate.of(9, 9), picture="", examples="")
+    trigger = Trigger(label=2, kind=kind, what="", success=Rate.of(images, images), picture="", examples="")
     return Diagnosis(verdict="found", rule="", targets=[], runs=[], reaches=[reach], triggers=[trigger])
 
 
@@ -81,6 +81,11 @@ def test_a_trigger_is_spread_where_no_patch_was_shown_or_a_perturbation_does_mor
     assert found_by(kind, faint).spread_over(2) == norm
     assert found_by(kind, faint).spread_over(1) is None
     assert found_by(kind, faint).spread_over(None) is None
+
+
+@pytest.mark.parametrize(("faint", "norm"), [(0.9, None), (1.0, 1.5)])
+def test_a_single_image_does_not_tell_that_a_perturbation_does_more(faint, norm):
+    assert found_by("patch", faint, images=3).spread_over(2) == norm
 
 
 @pytest.mark.parametrize(

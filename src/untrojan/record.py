@@ -164,10 +164,9 @@ class Reach(_Part):
         """The mean share of patches over the sizes."""
         return statistics.fmean(self.shares)
 
-    @property
-    def spread(self) -> bool:
-        """Whether a perturbation sends most images there, and more than patches do: these are then shortcuts to it."""
-        return self.faint >= 0.5 and self.faint >= self.mean + 0.05
+    def spread(self, beyond: float) -> bool:
+        """Whether a perturbation sends most images there, and a share more than patches do, then mere shortcuts."""
+        return self.faint >= 0.5 and self.faint >= self.mean + beyond
 
 
 class Trigger(_Part):
@@ -248,8 +247,11 @@ class Diagnosis(_Part):
 
     def spread_over(self, label: int | None) -> float | None:
         """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
-        shown = any(each.label == label and each.kind != "patch" for each in self.triggers)
-        return next((each.norm for each in self.reaches if each.label == label and (shown or each.spread)), None)
+        shown = [each for each in self.triggers if each.label == label]
+        other = any(each.kind != "patch" for each in shown)
+        one_image = [1 / max(1, each.success.total) for each in shown]
+        reached = (each for each in self.reaches if each.label == label)
+        return next((each.norm for each in reached if other or each.spread(max([0.05, *one_image]))), None)
 
     def patched(self, label: int | None) -> bool:
         """Whether its trigger is a small patch: one was shown, or nothing but patches reach it; none is spread."""
