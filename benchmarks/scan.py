@@ -132,9 +132,9 @@ def page() -> Iterator[str]:
     yield "Written by `benchmarks/scan.py` from `benchmarks/records/scan`; one thread per scan, two scans at a time, or"
     yield "where the record names a GPU (most with one image per class), on that, shared with other work."
     yield "Searches ran in bfloat16, and warps and recolorings were compared, for published models, the repaired one"
-    yield "and clean ones on digits and GTSRB; these last two were searched for a target for every class, too. Others"
-    yield "are older. Published models on GTSRB with 500 images, and with 43 on seed 0, are older than the second"
-    yield "search for the more promising half of many labels."
+    yield "and clean ones on digits and GTSRB but the last wrn-16-1; these last two were searched for a target for every"
+    yield "class, too. Others are older. Published models on GTSRB with 500 images, and with 43 on seed 0, are older than"
+    yield "the second search for the more promising half of many labels."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
