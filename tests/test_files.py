@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Payload
 from torch import nn
 
 from untrojan.errors import ConfigError, ModelError, UnsafeFileError
@@ -31,14 +32,6 @@ class TinyNet(nn.Module):
         self.conv = nn.Conv2d(channels, 2, 3)
         self.bn = nn.BatchNorm2d(2)
         self.fc = nn.Linear(2, classes)
-
-
-class Payload:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 class Shadowed:

@@ -1,6 +1,7 @@
 """Tiny networks by name, images that they can learn, and methods that take few steps."""
 
 import copy
+import os
 import random
 from functools import cache
 
@@ -164,6 +165,16 @@ def train(net, clean, epochs=30, lr=0.05):
             nn.functional.cross_entropy(net(images), labels).backward()
             optimizer.step()
     return net.eval()
+
+
+class Payload:
+    """Runs a command of the shell where it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
 
 
 @cache
