@@ -1,9 +1,9 @@
-"""The zoo of `zoo.toml` and `zoo-photographs.toml`: the images that it trains on, and the page about what came of it.
+"""The zoo of `zoo.toml`, `zoo-photographs.toml` and `zoo-cifar10.toml`: its images, and the page about what came of it.
 
 Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/records/zoo`.
 
     python benchmarks/zoo.py images                              # write images and triggers to runs/zoo-images
-    untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing; the other file in the same way
+    untrojan lab zoo benchmarks/zoo.toml --out runs/zoo          # train what is missing; the other files alike
     python benchmarks/zoo.py records                             # keep the records of what is there
     python benchmarks/zoo.py page                                # write zoo.md from them
     python benchmarks/zoo.py grid                                # write runs/zoo.toml: auto on every victim
@@ -31,7 +31,7 @@ from untrojan.lab.zoo import CLEAN, MANIFEST, Manifest, Member, Zoo, manifest
 from untrojan.registry import describe, discover
 from untrojan.writing import RECORD, write_atomic
 
-ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml")]
+ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml"), Path("benchmarks/zoo-cifar10.toml")]
 IMAGES = Path("runs/zoo-images")
 ROOT = Path("runs/zoo")
 RECORDS = Path("benchmarks/records/zoo")
@@ -41,6 +41,8 @@ CELLS = Path("runs/zoo-cells")
 COST = 0.03
 FREQUENT = [1, 2, 4, 5, 7, 10, 12, 13, 25, 38]  # signs of which there are most training images
 SIGNS = {"train": 400, "test": 100}  # images of each
+JUDGED = 2000  # test images of CIFAR-10
+CLEANS = 500
 
 
 def write_images() -> None:
@@ -51,8 +53,11 @@ def write_images() -> None:
         _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
     for (name, each), images in zip(SIGNS.items(), images_of("gtsrb"), strict=True):
         _write_set(f"signs-{name}", signs(images, each))
-    for data in ("digits", "digits-32", "signs"):
-        judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(0.5, seed=0)
+    train, test = images_of("cifar10")
+    _write_set("cifar10-train", train)
+    _write_set("cifar10-test", CleanSet.of((test.images, test.labels), samples=JUDGED + CLEANS, seed=0))
+    for data, share in {"digits": 0.5, "digits-32": 0.5, "signs": 0.5, "cifar10": CLEANS / (JUDGED + CLEANS)}.items():
+        judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(share, seed=0)
         _write_set(f"{data}-clean", clean)
         _write_set(f"{data}-judge", judge)
     cross = np.maximum(np.eye(8), np.eye(8)[::-1]) * 100
@@ -89,7 +94,7 @@ def members() -> list[Member]:
 
 
 def write_grid() -> None:
-    """Ask for `auto` on every victim and clean model; half of the test images are its clean ones, half judge it."""
+    """Ask for `auto` on every victim and clean model; part of the test images are its clean ones, others judge it."""
     lines = ['defenses = ["auto"]', ""]
     for member in members():
         record = _record(member)
@@ -134,7 +139,7 @@ def repaired() -> Iterator[str]:
     cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
     rows = {cell["model"]: cell for cell in cells}
     yield "\n## `auto` on these models\n"
-    yield "Half of the test images were its clean images, and the other half measured the result; one seed."
+    yield f"Half of the test images, or {CLEANS} of CIFAR-10, were its clean images; others measured it; one seed."
     yield "Models with a star are older than the present settings of `auto`.\n"
     yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
     yield "|---|---|---|---|---|---|---|"
@@ -163,7 +168,7 @@ def page() -> Iterator[str]:
     taken = {member.attack.name for member in good if member.attack}
     tried = {member.attack.name for member in planted if member.attack}
     missing = sorted(discover("untrojan.lab.attacks", Attack).keys() - tried)
-    files = " and ".join(f"`{file.name}`" for file in ZOOS)
+    files = ", ".join(f"`{file.name}`" for file in ZOOS)
     yield "# A zoo of victims\n"
     yield f"Written by `benchmarks/zoo.py` from `{RECORDS}`; what was asked for is in {files}."
     yield "ACC and ASR on the test images, in percent; the clean model has the same data, net, recipe and seed."
