@@ -242,6 +242,7 @@ def main() -> None:
         "--only", nargs="+", help="measure only jobs that begin so, or `memory`; keep the other numbers"
     )
     only = parser.parse_args().only
+    torch.set_flush_denormal(True)  # as the command line does, before torch starts its threads
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
     result: dict[str, Any] = json.loads(RECORD.read_text()) if only else {"environment": environment(), "jobs": []}
     model = untrojan.load(MODEL, NET)

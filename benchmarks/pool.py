@@ -21,6 +21,7 @@ def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, th
 
 
 def _begin(threads: int) -> None:
+    torch.set_flush_denormal(True)  # as the command line does
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
 

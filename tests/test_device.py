@@ -1,6 +1,8 @@
 """Where a run happens. What needs a GPU skips where there is none."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from untrojan.cli import run
 from untrojan.data import CleanSet
-from untrojan.device import chosen, device_of, new_generator, running_on
+from untrojan.device import chosen, device_of, flushes, new_generator, running_on
 from untrojan.errors import ConfigError
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack
@@ -85,6 +87,31 @@ class TestRunningOn:
     def test_the_model_says_where(self):
         assert device_of(nn.BatchNorm2d(2, affine=False, device="meta")).type == "meta"
         assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_tiny_numbers_are_zero_in_a_run_and_afterwards_what_they_were(before):
+    outside = flushes()
+    torch.set_flush_denormal(before)
+    try:
+        with running_on(torch.device("cpu")):
+            with pytest.raises(Killed), running_on(torch.device("cpu")):
+                raise Killed
+            assert flushes()
+        assert flushes() == before
+    finally:
+        torch.set_flush_denormal(outside)
+
+
+def test_the_command_line_has_tiny_numbers_zero_in_every_thread():
+    code = """
+import torch
+from untrojan.cli import run
+torch.set_num_threads(2)
+run(["methods"])
+assert (torch.full((4_000_000,), 2e-38) * 0.1 == 0).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_clean_images_that_are_there_are_not_copied():

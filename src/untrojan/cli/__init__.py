@@ -30,7 +30,9 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        return getattr(importlib.import_module(f"untrojan.cli.{cmd_name}"), cmd_name)
+        verb = getattr(importlib.import_module(f"untrojan.cli.{cmd_name}"), cmd_name)
+        importlib.import_module("torch").set_flush_denormal(True)  # before it starts threads, which take this over
+        return verb
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
