@@ -28,6 +28,7 @@ from untrojan.data import CleanSet
 from untrojan.device import chosen
 from untrojan.record import Diagnosis, Rate
 from untrojan.run import forget_peak_memory
+from untrojan.scanners.triggers import standing_out
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 
@@ -112,8 +113,10 @@ def run(cell: Cell) -> None:
 
 
 def furthest(result: dict[str, Any]) -> float:
-    """How far triggers reach into the label that they reach furthest into."""
-    return max(reach["far"] for reach in result["diagnosis"]["reaches"])
+    """How far triggers reach into the label that they reach furthest into; older records leave warps out."""
+    warps = [each for each in result["diagnosis"].get("comparisons", []) if each["kind"] == "warp"]
+    far = [standing_out(each["share"], each["share"] - each["elsewhere"]) for each in warps]
+    return max([*far, *(reach["far"] for reach in result["diagnosis"]["reaches"])])
 
 
 def recorded() -> list[dict[str, Any]]:

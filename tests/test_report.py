@@ -551,16 +551,16 @@ def test_charts_survive_a_record_without_numbers():
         (Diagnosis(verdict="inconclusive", rule="r", targets=[], runs=[]), "There is no evidence in the record."),
         (
             REACHED,
-            "Small triggers reach furthest into label 8 (ship): patches send 65.6% of the other images there on "
-            "average over sizes up to 16 pixels and 87.5% with the largest, a faint perturbation 21.9%. That is 1.75 "
-            "times what is too far; the next label has 0.30. A patch of some kind sends 97.0% of the images that it "
+            "Triggers reach furthest into label 8 (ship), 1.75 times what is too far; the next label has 0.30. Patches "
+            "send 65.6% of the other images there on average over sizes up to 16 pixels and 87.5% with the largest, a "
+            "faint perturbation 21.9%. A patch of some kind sends 97.0% of the images that it "
             "was tried on to label 8 (ship). 3 of 3 unlearning runs ended on label 8 (ship), which holds",
         ),
         (
             COMPARED,
-            "Small triggers reach furthest into label 0 (airplane): patches send 7.5% of the other images there on "
-            "average over sizes up to 16 pixels and 10.0% with the largest, a faint perturbation 2.5%. That is 0.20 "
-            "times what is too far; the next label has 0.10. Of slight warps and recolorings, a warp into label 1 "
+            "Triggers reach furthest into label 0 (airplane), 0.20 times what is too far; the next label has 0.10. "
+            "Patches send 7.5% of the other images there on average over sizes up to 16 pixels and 10.0% with the "
+            "largest, a faint perturbation 2.5%. Of slight warps and recolorings, a warp into label 1 "
             "(automobile) stands out most: it sends 90.0% of the images there, and at most 40.0% to another label that "
             "was tried. ",
         ),

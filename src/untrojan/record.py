@@ -148,8 +148,9 @@ class Reach(_Part):
     """How far small triggers reach into `label`, on images that the search for them did not see.
 
     Of the images that the model gives another label, the best patch of full opacity and at most `sizes[i]` pixels sends
-    the share `shares[i]` there, and a perturbation of all pixels with the l2 norm `norm` sends `faint`. `far` says both
-    in one number: 1 or more is too far.
+    the share `shares[i]` there, and a perturbation of all pixels with the l2 norm `norm` sends `faint`. `far` says that
+    in one number, and what slight warps do where they were searched: 1 or more is too far. Patches count as they are,
+    perturbations and warps by how many fewer images they send to any other label, too.
     """
 
     label: int

@@ -156,8 +156,8 @@ def _of_all(name: str, aims: Sequence[Aim], resists: Callable[[Aim], _Told]) -> 
 
 
 def faint(diagnosis: Diagnosis, clean: CleanSet) -> float:
-    """The l2 norm that the scan took for faint, or would have begun with."""
-    return diagnosis.reaches[0].norm if diagnosis.reaches else faintest(clean.shape)
+    """The l2 norm that the scan took for faint in the end, but at least the one that it begins with."""
+    return max([faintest(clean.shape), *(reach.norm for reach in diagnosis.reaches[:1])])
 
 
 def _at_most(allowed: float, share: float, clean: CleanSet, aim: Aim) -> bool:

@@ -129,11 +129,12 @@ def evidence(record: RunRecord) -> str:
 def _evidence_of_reaches(record: RunRecord) -> str:
     first, *others = sorted(record.diagnosis.reaches, key=lambda reach: -reach.far)
     text = (
-        f"Small triggers reach furthest into label {record.label(first.label)}: patches send {_percent(first.mean)} of "
-        f"the other images there on average over sizes up to {first.sizes[-1]} pixels and {_percent(first.shares[-1])} "
-        f"with the largest, a faint perturbation {_percent(first.faint)}. That is {first.far:.2f} times what is too far"
+        f"Triggers reach furthest into label {record.label(first.label)}, {first.far:.2f} times what is too far"
+        + (f"; the next label has {others[0].far:.2f}." if others else ".")
+        + f" Patches send {_percent(first.mean)} of the other images there on average over sizes up to "
+        f"{first.sizes[-1]} pixels and {_percent(first.shares[-1])} with the largest, a faint perturbation "
+        f"{_percent(first.faint)}."
     )
-    text += f"; the next label has {others[0].far:.2f}." if others else "."
     slight = [each for each in record.diagnosis.comparisons if each.kind != "perturbation"]
     if slight:
         best = max(slight, key=lambda each: each.further)

@@ -40,6 +40,7 @@ FEW_IMAGES = 64
 FAINT = 0.018
 FAINTEST_SHARE = 0.04
 DOUBLINGS = 3
+HALVINGS = 3
 FAINT_STEPS = 20, 60
 FAR = 0.5
 MOST = 0.8
@@ -48,10 +49,11 @@ ALIKE = 0.9
 FURTHER = 0.4
 RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
-    f"largest of these or a faint perturbation sends {MOST:.0%} there, and that holds for at most half of the labels, "
+    f"largest of these {MOST:.0%}, or a faint perturbation or a slight warp sends {MOST:.0%} there and {FURTHER:.0%} "
+    "fewer to any other label, and that holds for at most half of the labels, "
     f"or one patch sends {MOST:.0%} of them to other labels, each class to one of its own; "
-    "inconclusive: it holds for more, or for none but every unlearning run ends on the very label that they reach "
-    f"furthest into, or a slight warp sends {MOST:.0%} to a label and {FURTHER:.0%} more than to others; "
+    f"inconclusive: it holds for more, or faint perturbations send {MOST:.0%} to a label and many to another as well, "
+    "or none of that but every unlearning run ends on the very label that triggers reach furthest into; "
     "not_found: anything else"
 )
 
@@ -64,14 +66,16 @@ class TriggerScanner(Unlearning, Scanner):
     trigger is a small patch, and a faint perturbation does where the trigger is spread over the image. In a clean model
     neither sends many to any label. How many is measured on images that the search did not see, and that the model
     gives another label without a trigger. What is faint is told by the labels themselves: a perturbation that sends
-    hardly any images to half of them is made stronger.
+    hardly any images to half of them is made stronger. Where perturbations alone send most images to a label, and not
+    many fewer to another, they are made fainter until one label stands out; where none does, the verdict is
+    inconclusive.
 
     Slight warps and recolorings are searched for the most suspicious labels and a few others. A warp that sends most
-    images to a label, and far fewer to the others, makes the verdict inconclusive. Where the label is found anyway, and
-    a patch is not what reaches it, one that stands out is the trigger shown. A recoloring alone is no sign: brighter
+    images to a label, and far fewer to the others, counts as a patch does. Where a patch is not what reaches the label
+    that is found, a warp or recoloring that stands out is the trigger shown. A recoloring alone is no sign: brighter
     images are airplanes to clean models. Triggers of yet other kinds can still show when clean images are unlearned: if
-    the class that survives in all runs is the one that triggers reach furthest into, the verdict is inconclusive too.
-    That a class survives is no sign by itself, for clean models collapse into one as well.
+    the class that survives in all runs is the one that triggers reach furthest into, the verdict is inconclusive. That
+    a class survives is no sign by itself, for clean models collapse into one as well.
 
     Where no label is reached too far, a patch is searched that sends images away from their own label. If there is one,
     and it sends most images of each class to one label, not all to the same, there is a target for every class and no
@@ -90,8 +94,8 @@ class TriggerScanner(Unlearning, Scanner):
 
     Cost:
         3 F per clean image, epoch and unlearning run, and 128 F per step of a search, F being one image through the
-        network once. A search for perturbations has 20 steps per label, up to four times, and 60 for each of the three.
-        Whole-image changes take 15,000 F for each of six labels.
+        network once. A search for perturbations has 20 steps per label, up to seven times, and 60 for each of the
+        three, up to four times. Whole-image changes take 15,000 F for each of six labels.
 
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
@@ -112,46 +116,20 @@ class TriggerScanner(Unlearning, Scanner):
         classes = out.shape[1]
         as_said = CleanSet(clean.images, out.argmax(1))
         look = _Look(model, *_halves(as_said, seed), classes, seed)
-        with whole("search triggers", total=classes) as advance:
-            for label in look.labels:
-                look.for_patches(label, self._steps(classes), look.few)
-                look.for_perturbation(label, FAINT_STEPS[0], look.few)
-                advance()
-        if classes > FEW_LABELS:
-            promising = look.promising()
-            with whole("search more patches", total=len(promising)) as advance:
-                for label in promising:
-                    look.for_patches(label, self._steps(classes), look.few, again=True)
-                    advance()
-        with whole("search stronger ones", total=DOUBLINGS) as advance:
-            for _ in range(DOUBLINGS):
-                if look.median_faint() >= FAINTEST_SHARE:
-                    break
-                look.norm *= 2
-                for label in look.labels:
-                    look.for_perturbation(label, FAINT_STEPS[0], look.few)
-                advance()
+        look.widely(self._steps(classes))
+        look.stronger()
         unlearned = unlearning.diagnose(runs)
         survived = {target.label: target.score for target in unlearned.targets}
-        leaders = [reach.label for reach in look.reaches()[:LEADERS]]
-        with whole("refine triggers", total=LEADERS + 1) as advance:
-            for label in leaders:
-                look.closely(label, self.refine_steps)
-                advance()
-            scores = _scores(look.reaches(), survived)
-            first = max(scores, key=scores.__getitem__)
-            if first not in leaders:
-                look.closely(first, self.refine_steps)
-            advance()
-        reaches = look.reaches()
-        suspects = [*(reach.label for reach in reaches[:LEADERS]), *(target.label for target in unlearned.targets[:1])]
+        look.again(self.refine_steps, survived)
+        suspects = [*look.leaders(), *(target.label for target in unlearned.targets[:1])]
         look.for_changes([label for label in suspects if label in look.labels])
+        look.fainter()
+        reaches = look.reaches()
         named = targets_of(reaches, survived)
         if not named and reaches[0].far < 1 and len(look.held) >= OF_EACH * classes:
             triggers = look.without_target(self.refine_steps)
         else:
             triggers = [look.trigger(label) for label in named]
-        triggers = triggers or [look.trigger(label) for label in look.warped()]
         comparisons = [change.comparison for change in look.changes]
         calibrated = _clean_models() if self == TriggerScanner() else ()
         return judge(unlearned, reaches, triggers, comparisons, calibrated)
@@ -196,8 +174,7 @@ def judge(
     Args:
         unlearned: What the unlearning runs say by themselves.
         reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of` or, where there is none, one without a label or one for each label
-            that a warp reaches.
+        triggers: One for each of :func:`targets_of` or, where there is none, at most one without a label.
         comparisons: How far whole-image changes reach into some labels.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 
@@ -208,10 +185,12 @@ def judge(
     shares = {target.label: target.score for target in unlearned.targets}
     furthest = max(reaches, key=lambda reach: reach.far)
     shown = [trigger.label for trigger in triggers]
+    too_far = furthest.far >= 1 or any(reach.faint >= MOST for reach in reaches)
+    survives = furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}
     verdict: Verdict = "not_found"
     if targets_of(reaches, shares) or None in shown:
         verdict = "found"
-    elif shown or furthest.far >= 1 or (furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}):
+    elif too_far or survives:
         verdict = "inconclusive"
     targets = [Target(label=label, score=score) for label, score in _scores(reaches, shares).items()]
     return Diagnosis(
@@ -268,6 +247,74 @@ class _Look:
         self.perturbations: dict[int, Perturbation] = {}
         self.changes: list[Change] = []
 
+    def widely(self, steps: int) -> None:
+        """Search for every label; with many, patches twice for those that are more promising."""
+        with whole("search triggers", total=len(self.labels)) as advance:
+            for label in self.labels:
+                self.for_patches(label, steps, self.few)
+                self.for_perturbation(label, FAINT_STEPS[0], self.few)
+                advance()
+        if len(self.labels) <= FEW_LABELS:
+            return
+        promising = self.promising()
+        with whole("search more patches", total=len(promising)) as advance:
+            for label in promising:
+                self.for_patches(label, steps, self.few, again=True)
+                advance()
+
+    def stronger(self) -> None:
+        """Make perturbations stronger that send hardly any images to half of the labels."""
+        with whole("search stronger ones", total=DOUBLINGS) as advance:
+            for _ in range(DOUBLINGS):
+                if statistics.median(self.faint.values()) >= FAINTEST_SHARE:
+                    break
+                self._scale(2)
+                advance()
+
+    def again(self, steps: int, survived: Mapping[int, float]) -> None:
+        """Search closely for the labels reached furthest, and then for the most suspicious one if it is another."""
+        leaders = self.leaders()
+        with whole("refine triggers", total=LEADERS + 1) as advance:
+            for label in leaders:
+                self.closely(label, steps)
+                advance()
+            scores = _scores(self.reaches(), survived)
+            first = max(scores, key=scores.__getitem__)
+            if first not in leaders:
+                self.closely(first, steps)
+            advance()
+
+    def fainter(self) -> None:
+        """Make perturbations fainter that send most images to a label, where no patch does, and many to another.
+
+        Where no label stands out then, what was found before stays.
+        """
+        before = self.norm, dict(self.faint), self.perturbations
+        with whole("search fainter ones", total=HALVINGS) as advance:
+            for _ in range(HALVINGS):
+                if not self._is_crowded():
+                    break
+                self._scale(0.5)
+                for label in self.leaders():
+                    self.for_perturbation(label, FAINT_STEPS[1], self.held)
+                advance()
+        if max(self.faint.values()) < MOST:
+            self.norm, self.faint, self.perturbations = before
+
+    def _scale(self, factor: float) -> None:
+        self.norm *= factor
+        for label in self.labels:
+            self.for_perturbation(label, FAINT_STEPS[0], self.few)
+
+    def _is_crowded(self) -> bool:
+        patched = any(_by_patches(shares) >= 1 for shares in self.shares.values())
+        first = max(self.faint, key=self.faint.__getitem__)
+        return not patched and self.faint[first] >= MOST and standing_out(self.faint[first], self._further(first)) < 1
+
+    def _further(self, label: int) -> float:
+        """How many more images a perturbation sends to a label than to any other."""
+        return self.faint[label] - max((share for other, share in self.faint.items() if other != label), default=0.0)
+
     def for_patches(self, label: int, steps: int, held: CleanSet, again: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
         patches = search(self.model, self.shown, Aim(label), self.generator, self.patches.get(label), steps)
@@ -298,15 +345,9 @@ class _Look:
         labels = with_others(suspects, self.shown, self.generator)
         self.changes = compare(self.model, self.shown, self.held, labels, self.norm, self.generator)
 
-    def warped(self) -> list[int]:
-        """The labels that a slight warp sends most images to, and far more than to others."""
-        labels = dict.fromkeys(change.comparison.label for change in self.changes)
-        changes = {label: self._change(label) for label in labels}
-        return [label for label, change in changes.items() if change and change.comparison.kind == "warp"]
-
-    def median_faint(self) -> float:
-        """How many images a perturbation sends to the label in the middle."""
-        return statistics.median(self.faint.values())
+    def leaders(self) -> list[int]:
+        """The labels that triggers reach furthest into, whether or not they stand out."""
+        return sorted(self.labels, key=self._near, reverse=True)[:LEADERS]
 
     def reaches(self) -> list[Reach]:
         """How far triggers reach into each label by the last search for it, the furthest first."""
@@ -383,17 +424,36 @@ class _Look:
 
     def _leading(self, found: dict[int, T]) -> dict[int, T]:
         """Keep what may still be needed, for with many labels and large images it adds up."""
-        leading = sorted(self.labels, key=self._far, reverse=True)[:LEADERS]
-        return {label: each for label, each in found.items() if label in leading or self._far(label) >= 1}
+        leaders = self.leaders()
+        return {label: each for label, each in found.items() if label in leaders or self._near(label) >= 1}
+
+    def _near(self, label: int) -> float:
+        return max(self.faint[label] / MOST, self._far(label))
 
     def _far(self, label: int) -> float:
-        return max(_by_patches(self.shares[label]), self.faint[label] / MOST)
+        warps = [each.comparison for each in self.changes if each.comparison.kind == "warp"]
+        warp = max((standing_out(each.share, each.further) for each in warps if each.label == label), default=0.0)
+        return max(_by_patches(self.shares[label]), standing_out(self.faint[label], self._further(label)), warp)
+
+
+def standing_out(share: float, further: float) -> float:
+    """How far a change of the whole image reaches: 1 is too far.
+
+    Args:
+        share: The share of images that it sends to a label.
+        further: How much more that is than the share that one like it sends to any other label.
+
+    Example:
+        >>> standing_out(1.0, 0.2)
+        0.5
+    """
+    return max(0.0, min(share / MOST, further / FURTHER))
 
 
 def _stands_out(change: Change) -> bool:
     """Whether a warp or a recoloring sends most images to a label, and far fewer to others."""
     of = change.comparison
-    return of.kind != "perturbation" and of.share >= MOST and of.further >= FURTHER
+    return of.kind != "perturbation" and standing_out(of.share, of.further) >= 1
 
 
 def _tiled(*rows: Tensor) -> Tensor:
