@@ -309,11 +309,7 @@ class _Look:
     def _is_crowded(self) -> bool:
         patched = any(_by_patches(shares) >= 1 for shares in self.shares.values())
         first = max(self.faint, key=self.faint.__getitem__)
-        return not patched and self.faint[first] >= MOST and standing_out(self.faint[first], self._further(first)) < 1
-
-    def _further(self, label: int) -> float:
-        """How many more images a perturbation sends to a label than to any other."""
-        return self.faint[label] - max((share for other, share in self.faint.items() if other != label), default=0.0)
+        return not patched and self.faint[first] >= MOST and how_far(first, [0.0], self.faint, []) < 1
 
     def for_patches(self, label: int, steps: int, held: CleanSet, again: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
@@ -431,29 +427,39 @@ class _Look:
         return max(self.faint[label] / MOST, self._far(label))
 
     def _far(self, label: int) -> float:
-        warps = [each.comparison for each in self.changes if each.comparison.kind == "warp"]
-        warp = max((standing_out(each.share, each.further) for each in warps if each.label == label), default=0.0)
-        return max(_by_patches(self.shares[label]), standing_out(self.faint[label], self._further(label)), warp)
+        return how_far(label, self.shares[label], self.faint, [change.comparison for change in self.changes])
 
 
-def standing_out(share: float, further: float) -> float:
-    """How far a change of the whole image reaches: 1 is too far.
+def how_far(
+    label: int, shares: Sequence[float], faint: Mapping[int, float], comparisons: Sequence[Comparison]
+) -> float:
+    """How far triggers reach into a label: 1 is too far.
 
     Args:
-        share: The share of images that it sends to a label.
-        further: How much more that is than the share that one like it sends to any other label.
+        label: The label.
+        shares: What share of images patches of each size send there.
+        faint: What share a faint perturbation sends to each label.
+        comparisons: What other changes of the whole image do; warps count.
 
     Example:
-        >>> standing_out(1.0, 0.2)
+        >>> how_far(0, [0.1, 0.2], {0: 1.0, 1: 0.8}, [])
         0.5
     """
+    warps = [each for each in comparisons if (each.label, each.kind) == (label, "warp")]
+    elsewhere = max((share for other, share in faint.items() if other != label), default=0.0)
+    changes = [(faint[label], faint[label] - elsewhere), *((warp.share, warp.further) for warp in warps)]
+    return max(_by_patches(shares), *(_standing_out(*each) for each in changes))
+
+
+def _standing_out(share: float, further: float) -> float:
+    """How far a change of the whole image reaches, by its share and by how much more that is than any other label's."""
     return max(0.0, min(share / MOST, further / FURTHER))
 
 
 def _stands_out(change: Change) -> bool:
     """Whether a warp or a recoloring sends most images to a label, and far fewer to others."""
     of = change.comparison
-    return of.kind != "perturbation" and standing_out(of.share, of.further) >= 1
+    return of.kind != "perturbation" and _standing_out(of.share, of.further) >= 1
 
 
 def _tiled(*rows: Tensor) -> Tensor:
