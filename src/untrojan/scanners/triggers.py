@@ -442,8 +442,8 @@ def how_far(
         comparisons: What other changes of the whole image do; warps count.
 
     Example:
-        >>> how_far(0, [0.1, 0.2], {0: 1.0, 1: 0.8}, [])
-        0.5
+        >>> how_far(0, [0.1, 0.2], {0: 1.0, 1: 0.75}, [])
+        0.625
     """
     warps = [each for each in comparisons if (each.label, each.kind) == (label, "warp")]
     elsewhere = max((share for other, share in faint.items() if other != label), default=0.0)
