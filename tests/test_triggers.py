@@ -192,11 +192,19 @@ def test_a_patch_that_moves_all_images_to_one_label_is_not_one_with_a_target_for
 
 def test_what_is_measured_is_on_images_that_the_search_did_not_see(images):
     """Of 120 images 36 are held out; 27 of these are of other classes."""
-    for reach in QUICK.scan(Bands(), images).reaches:
+    found = QUICK.scan(Bands(), images)
+    for reach in found.reaches:
         assert reach.sizes == [int(size) for size in SIZES]
         assert all(share * 27 == pytest.approx(round(share * 27)) for share in (*reach.shares, reach.faint))
         assert reach.shares == sorted(reach.shares)
-        assert reach.far >= max(reach.mean / FAR, reach.shares[-1] / MOST)
+        others = max(other.faint for other in found.reaches if other.label != reach.label)
+        warps = [
+            (each.share, each.further) for each in found.comparisons if (each.label, each.kind) == (reach.label, "warp")
+        ]
+        whole = [
+            min(share / MOST, further / FURTHER) for share, further in [(reach.faint, reach.faint - others), *warps]
+        ]
+        assert reach.far == pytest.approx(max(reach.mean / FAR, reach.shares[-1] / MOST, *whole))
 
 
 def test_two_images_suffice_to_run():
@@ -341,3 +349,15 @@ def test_perturbations_are_made_fainter_until_one_label_stands_out(images, monke
     told = {each.label: each for each in look.reaches()}
     assert told[1].faint == pytest.approx(faint)
     assert told[1].far == pytest.approx(far)
+
+
+def test_a_label_that_a_warp_reaches_shows_the_warp_whatever_else_goes_further(images):
+    """Of the perturbations of all labels only those that may be needed are kept, and this one is not."""
+    look = _Look(Blurry(), images, images, CLASSES, seed=0)
+    look.for_changes([2])
+    warp = next(each for each in look.changes if (each.comparison.label, each.comparison.kind) == (2, "warp"))
+    other = next(each for each in look.changes if (each.comparison.label, each.comparison.kind) == (2, "perturbation"))
+    ahead = other.comparison.model_copy(update={"share": 1.0, "elsewhere": -1.0})
+    look.changes = [warp, other._replace(comparison=ahead)]
+    trigger = look.trigger(2)
+    assert (trigger.kind, trigger.what) == ("warp", str(warp))

@@ -309,7 +309,7 @@ class _Look:
     def _is_crowded(self) -> bool:
         patched = any(_by_patches(shares) >= 1 for shares in self.shares.values())
         first = max(self.faint, key=self.faint.__getitem__)
-        return not patched and self.faint[first] >= MOST and how_far(first, [0.0], self.faint, []) < 1
+        return not patched and self.faint[first] >= MOST and _by_faint(first, self.faint) < 1
 
     def for_patches(self, label: int, steps: int, held: CleanSet, again: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
@@ -413,10 +413,12 @@ class _Look:
         )
 
     def _change(self, label: int) -> Change | None:
-        """The warp or recoloring that stands out, where it does so more than a perturbation of all pixels."""
+        """The warp or recoloring that stands out most, unless a perturbation does and goes further."""
+        faint = _by_faint(label, self.faint) >= 1
         of_label = [change for change in self.changes if change.comparison.label == label]
-        furthest = max(of_label, key=lambda change: change.comparison.further, default=None)
-        return furthest if furthest is not None and _stands_out(furthest) else None
+        able = [each for each in of_label if (faint if each.comparison.kind == "perturbation" else _stands_out(each))]
+        first = max(able, key=lambda change: change.comparison.further, default=None)
+        return None if first is None or first.comparison.kind == "perturbation" else first
 
     def _leading(self, found: dict[int, T]) -> dict[int, T]:
         """Keep what may still be needed, for with many labels and large images it adds up."""
@@ -446,9 +448,14 @@ def how_far(
         0.625
     """
     warps = [each for each in comparisons if (each.label, each.kind) == (label, "warp")]
+    by_warps = [_standing_out(warp.share, warp.further) for warp in warps]
+    return max(_by_patches(shares), _by_faint(label, faint), *by_warps)
+
+
+def _by_faint(label: int, faint: Mapping[int, float]) -> float:
+    """How far a faint perturbation reaches, by what it sends to each label."""
     elsewhere = max((share for other, share in faint.items() if other != label), default=0.0)
-    changes = [(faint[label], faint[label] - elsewhere), *((warp.share, warp.further) for warp in warps)]
-    return max(_by_patches(shares), *(_standing_out(*each) for each in changes))
+    return _standing_out(faint[label], faint[label] - elsewhere)
 
 
 def _standing_out(share: float, further: float) -> float:
@@ -457,9 +464,8 @@ def _standing_out(share: float, further: float) -> float:
 
 
 def _stands_out(change: Change) -> bool:
-    """Whether a warp or a recoloring sends most images to a label, and far fewer to others."""
-    of = change.comparison
-    return of.kind != "perturbation" and _standing_out(of.share, of.further) >= 1
+    """Whether a change sends most images to a label, and far fewer to others."""
+    return _standing_out(change.comparison.share, change.comparison.further) >= 1
 
 
 def _tiled(*rows: Tensor) -> Tensor:
