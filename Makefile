@@ -10,7 +10,7 @@ demo: .venv/ready
 	@$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # The few tests from end to end that take longer than everything about them.
 test-slow: .venv/ready

@@ -80,6 +80,7 @@ def test_a_planted_square_loses_its_effect():
     assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_two_squares_lose_their_effect_where_the_scan_found_both_labels():
     net, clean = backdoored(TARGET, second=0)
