@@ -183,16 +183,20 @@ def reference(method: str) -> str:
 def statuses(setting: str) -> Iterator[str]:
     """What each method says of its own results, and whether that was right."""
     yield f"\n## What the checks say, {setting}\n"
-    yield "| method | repaired | of these ASR above 10 % | failed | of these ASR at most 5 % and ACC within 2 points |"
-    yield "|---|---|---|---|---|"
+    yield (
+        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | failed "
+        "| of these ASR at most 5 % and ACC within 2 points |"
+    )
+    yield "|---|---|---|---|---|---|"
     for method in METHODS:
         cells = [cell for case in CASES for cell in load(setting, method, case)]
         good = [cell for cell in cells if cell["record"]["status"] == "repaired"]
         bad = [cell for cell in cells if cell["record"]["status"] == "failed"]
         wrong = sum(cell["after"]["asr"] > 0.1 for cell in good)
+        lost = sum(cell["before"]["acc"] - cell["after"]["acc"] > 0.2 for cell in good)
         fine = sum(c["after"]["asr"] <= 0.05 and c["before"]["acc"] - c["after"]["acc"] <= 0.02 for c in bad)
         if cells:
-            yield f"| {method} | {len(good)} | {wrong} | {len(bad)} | {fine} |"
+            yield f"| {method} | {len(good)} | {wrong} | {lost} | {len(bad)} | {fine} |"
 
 
 def times() -> Iterator[str]:

@@ -1,11 +1,24 @@
 """The checks pass where a backdoor is gone, and only there."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from tiny import FallsForSquare, make_dark
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import _at_most, keeps_accuracy, resists_changes, resists_patches, resists_perturbation
+from untrojan.defenses.checks import (
+    _at_most,
+    keeps_accuracy,
+    keeps_answers,
+    resists_changes,
+    resists_patches,
+    resists_perturbation,
+)
+from untrojan.defenses.defense import Defense, Outcome
+from untrojan.model import correct
 from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
 from untrojan.scanners.aim import Aim
 
@@ -165,3 +178,65 @@ def test_the_loss_is_told_with_its_interval():
 def test_a_share_counts_beyond_its_noise(share, passed):
     clean = CleanSet(torch.zeros(1000, 1, 4, 4), torch.zeros(1000, dtype=torch.int64))
     assert _at_most(0.5, share, clean, Aim(1)) == passed
+
+
+class Brightest(torch.nn.Module):
+    """Says which quarter of the rows is the brightest, the surer the larger the factor."""
+
+    def __init__(self, factor=100.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, images):
+        return self.factor * images.mean((1, 3)).unflatten(1, (4, -1)).mean(2)
+
+
+class ByHeart(Brightest):
+    """Says that of the images that it knows, and the first quarter of every other image."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def forward(self, images):
+        known = (images[:, None] == self.known).flatten(2).all(2).any(1)
+        return torch.where(known[:, None], super().forward(images), torch.tensor([1.0, 0, 0, 0]))
+
+
+def bright_rows(count):
+    images = 0.2 * torch.rand(count, 1, 8, 8)
+    for place, image in enumerate(images):
+        image[:, 2 * (place % 4) : 2 * (place % 4) + 2] += 0.8
+    return CleanSet(images, torch.arange(count) % 4)
+
+
+def test_what_is_only_known_by_heart_is_told_from_what_is_known():
+    clean = bright_rows(8)
+    by_heart = ByHeart(clean.floats())
+    assert torch.equal(by_heart(clean.floats()), Brightest()(clean.floats()))
+    (same,), (lost,) = (keeps_answers(Brightest(), each, clean, 0) for each in (Brightest(50.0), by_heart))
+    assert same.passed, same.detail
+    assert not lost.passed, lost.detail
+
+
+def test_of_what_the_original_is_not_sure_nothing_is_asked():
+    assert keeps_answers(Brightest(0.1), Brightest(-0.1), bright_rows(8), 0) == []
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Doubles(Defense):
+    """Makes a network twice as sure."""
+
+    name: ClassVar[str] = "doubles"
+
+    def _repair(self, model, clean, diagnosis, seed):
+        right = correct(model, clean)
+        model.factor.data.mul_(2)
+        return Outcome(model, right, correct(model, clean), held_out=True)
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+@pytest.mark.parametrize(("count", "asked"), [(8, True), (120, False)])
+def test_other_views_are_asked_for_where_few_images_judge(count, asked):
+    names = [check.name for check in Doubles().repair(Brightest(), bright_rows(count), GIVEN).record.checks]
+    assert ("keeps its answers on other views" in names) == asked

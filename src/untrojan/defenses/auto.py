@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from untrojan.data import CleanSet, crop_flip
+from untrojan.data import CleanSet
 from untrojan.defenses.checks import faint, reachable
 from untrojan.defenses.tuning import Tuning
+from untrojan.defenses.views import FEW_IMAGES, mixed, shifted, varied
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
@@ -27,7 +28,7 @@ from untrojan.record import Comparison, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
-from untrojan.scanners.patches import BoxDraws, Patches, box_masks, pinpoint, search, strengths
+from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
 
 DECAY = 0.95
 CLIP = 5.0
@@ -35,7 +36,6 @@ LEAST_SHARE = 0.05
 CHANGED = 0.75
 PERTURBED = 0.25
 FEW_PIXELS = 0.005
-FEW_IMAGES = 100
 FURTHER = 0.3
 DISTRACTED = 0.35
 REMEMBERED = 0.01
@@ -46,9 +46,6 @@ ALWAYS = 4
 DRAWN = 2
 JUDGED = 64
 FAINTEST = 0.7
-LEAST_SIDE = 0.5
-CONTRAST = 0.4
-BRIGHTNESS = 0.15
 TINY = 1e-9
 
 
@@ -182,15 +179,14 @@ class Auto(Tuning):
                 out.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
             ), out
 
-        shifted = partial(crop_flip, padding=math.ceil(min(clean.shape[1:]) / 8))
         augment = shifted if self.augment == "crop-flip" else None
 
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             steps = self.steps * len(triggers)
             for images, labels in clean.draws(2 * self.batch_size, steps, generator, augment):
                 if len(clean) < FEW_IMAGES:
-                    images = _varied(images, generator)
-                yield images if spread else _mixed(images, generator), labels
+                    images = varied(images, generator)
+                yield images if spread else mixed(images, generator), labels
 
         fit(
             list(student.parameters()),
@@ -353,43 +349,3 @@ def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     cells = 2 ** int(torch.randint(0, 1 + finest, (1,), generator=generator))
     drawn = torch.rand(1, shape[0], cells, cells, generator=generator)
     return functional.interpolate(drawn, size=shape[1:], mode="bilinear")[0]
-
-
-def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images with up to half of another one blended in."""
-    share = 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    share = share * (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5)
-    return torch.lerp(images, images[torch.randperm(len(images), generator=generator)], share)
-
-
-def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the images zoomed, half recolored, half with a window of another one."""
-    for change in (_zoomed, _recolored, _pasted):
-        which = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(which, change(images, generator), images)
-    return images
-
-
-def _zoomed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A window of at least half of the side, anywhere, enlarged to the whole."""
-    side = 1 - (1 - LEAST_SIDE) * torch.rand(len(images), 1, generator=generator)
-    middle = (1 - side) * (2 * torch.rand(len(images), 2, generator=generator) - 1)
-    maps = torch.cat([side[:, :, None] * torch.eye(2), middle[:, :, None]], 2)
-    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _recolored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Another contrast, and each channel a little brighter or darker."""
-    contrast = 1 + CONTRAST * (2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1)
-    shift = BRIGHTNESS * (2 * torch.rand(*images.shape[:2], 1, 1, generator=generator) - 1)
-    return ((images - 0.5) * contrast + 0.5 + shift).clamp(0, 1)
-
-
-def _pasted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A window of another image at its place, with sides of a quarter to three quarters."""
-    sides = torch.tensor(images.shape[2:])
-    size = sides * (0.25 + 0.5 * torch.rand(len(images), 2, generator=generator))
-    corner = (sides - size) * torch.rand(len(images), 2, generator=generator)
-    masks = box_masks(torch.cat([size, corner], 1), *images.shape[2:])
-    return torch.where(masks, images[torch.randperm(len(images), generator=generator)], images)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.defenses.views import mixed, shifted, varied
 from untrojan.device import new_generator
-from untrojan.model import logits
+from untrojan.model import logits, mode
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
@@ -16,6 +18,11 @@ from untrojan.scanners.patches import search, smallest
 from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2
+VIEWS = 512
+AT_ONCE = 128
+SURE = 0.9
+SURE_VIEWS = 20
+AGREED = 0.7
 _ROUNDING = 1e-9
 
 _Told = tuple[bool, str]
@@ -75,6 +82,40 @@ def _moves(lost: Tensor) -> str:
 def _half(lost: Tensor) -> float:
     """Half of the 95 % interval of a mean."""
     return 1.96 * float(lost.std(correction=0)) / math.sqrt(len(lost))
+
+
+def keeps_answers(model: nn.Module, repaired: nn.Module, clean: CleanSet, seed: int) -> list[Check]:
+    """Where the original is sure of other views of the images, the repaired model says the same of most.
+
+    Few images can all be learned by heart while the accuracy on others is lost, and none may be held out to tell.
+
+    Args:
+        model: The original.
+        repaired: The repaired model.
+        clean: The images, which are shifted, mirrored, mixed, zoomed, recolored and pasted together.
+        seed: Decides how.
+
+    Returns:
+        One check; none where the original is sure of hardly any view.
+    """
+    generator = new_generator(seed + 3)
+
+    def view(images: Tensor, generator: torch.Generator) -> Tensor:
+        return varied(mixed(shifted(images, generator), generator), generator)
+
+    same = torch.zeros(0, dtype=torch.bool)
+    with mode(model, training=False), mode(repaired, training=False), torch.no_grad():
+        for images, _ in clean.draws(AT_ONCE, VIEWS // AT_ONCE, generator, view):
+            sure, said = model(images).softmax(1).max(1)
+            same = torch.cat([same, (repaired(images).argmax(1) == said)[sure > SURE]])
+    if len(same) < SURE_VIEWS:
+        return []
+    share = float(same.double().mean())
+    text = (
+        f"of {VIEWS} varied views of the images the original is sure of {len(same)}, and the repaired model says the "
+        f"same of {share:.0%} of these; at least {AGREED:.0%} are asked for"
+    )
+    return [Check(name="keeps its answers on other views", passed=share >= AGREED, detail=text)]
 
 
 def resists_perturbation(

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import (
     keeps_accuracy,
+    keeps_answers,
     losses,
     resists_changes,
     resists_patches,
     resists_perturbation,
 )
+from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
@@ -215,6 +217,8 @@ class Defense(ABC):
         judged = losses(outcome.before, outcome.after)
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
+        if not outcome.held_out or len(judged) < FEW_IMAGES:
+            checks += keeps_answers(model, outcome.model, clean, seed)
         # perturbations send images of clean networks away from their own label, and changes are told by other labels
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
         for dear in (resists_patches,) if diagnosis.all_to_all else of_one_target:
