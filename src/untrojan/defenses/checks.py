@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.defenses.views import mixed, shifted, varied
 from untrojan.device import new_generator
-from untrojan.model import logits, mode
+from untrojan.model import logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
@@ -103,11 +103,12 @@ def keeps_answers(model: nn.Module, repaired: nn.Module, clean: CleanSet, seed: 
     def view(images: Tensor, generator: torch.Generator) -> Tensor:
         return varied(mixed(shifted(images, generator), generator), generator)
 
-    same = torch.zeros(0, dtype=torch.bool)
-    with mode(model, training=False), mode(repaired, training=False), torch.no_grad():
-        for images, _ in clean.draws(AT_ONCE, VIEWS // AT_ONCE, generator, view):
-            sure, said = model(images).softmax(1).max(1)
-            same = torch.cat([same, (repaired(images).argmax(1) == said)[sure > SURE]])
+    agreed = []
+    for images, labels in clean.draws(AT_ONCE, VIEWS // AT_ONCE, generator, view):
+        seen = CleanSet(images, labels)
+        sure, said = logits(model, seen).softmax(1).max(1)
+        agreed.append((logits(repaired, seen).argmax(1) == said)[sure > SURE])
+    same = torch.cat(agreed)
     if len(same) < SURE_VIEWS:
         return []
     share = float(same.double().mean())
