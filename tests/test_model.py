@@ -10,7 +10,7 @@ from torch import nn
 from untrojan import model as model_module
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.model import Normalize, check, correct, faster, logits, mode, require, seeded
+from untrojan.model import Normalize, check, correct, faster, folded, logits, mode, require, seeded
 
 
 class Returns(nn.Module):
@@ -221,3 +221,76 @@ def test_without_bfloat16_in_the_processor_nothing_is_faster(monkeypatch):
     monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
     net = linear()
     assert faster(net, make_clean()) is net
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
+
+
+def settled(*layers):
+    """A network whose BatchNorm has seen images, in evaluation mode."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for _ in range(9):
+        net(make_clean().floats())
+    return net.eval()
+
+
+def norms(net):
+    return sum(isinstance(each, nn.BatchNorm2d) for each in net.modules())
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_folded_network_gives_the_same_and_the_network_is_left_alone(net):
+    clean = make_clean()
+    before = Snapshot(net)
+    quick = folded(net, clean)
+    before.assert_same()
+    with mode(net, training=False), torch.no_grad():
+        assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-4)
+
+
+@pytest.mark.usefixtures("float32")
+def test_normalization_becomes_part_of_the_convolution_before_it():
+    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False))
+    quick = folded(net, make_clean())
+    assert norms(net) == 2
+    assert norms(quick) == 0
+    assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
+
+
+class Twice(nn.Module):
+    """Needs the output of a convolution before normalization too, and calls another convolution twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, images):
+        plain = self.first(images)
+        out = plain + self.norms[0](plain)
+        return self.norms[2](self.again(self.norms[1](self.again(out))))
+
+
+@pytest.mark.usefixtures("float32")
+def test_what_is_used_twice_is_not_folded():
+    net = settled(Twice())
+    quick = folded(net, make_clean())
+    assert norms(quick) == 3
+    assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_network_that_cannot_be_traced_is_given_back():
+    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Returns(lambda out: out if out.sum() > 0 else -out))
+    assert folded(net, make_clean()) is net
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_folded_network_is_faster_too_and_is_not_folded_again():
+    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    quick = folded(faster(net, make_clean()), make_clean())
+    assert norms(quick) == 0
+    assert faster(quick, make_clean()) is folded(quick, make_clean()) is quick

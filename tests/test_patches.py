@@ -183,12 +183,13 @@ def test_the_smallest_patch_that_reaches_enough_wins():
     assert str(patch) == "a patch of 2x2 pixels at row 9, column 9"
 
 
-def test_where_none_reaches_enough_the_strongest_is_given():
+def test_where_none_reaches_enough_the_one_that_sends_most_is_given():
     images = make_dark()
-    boxes = torch.tensor([[2, 2, 0, 0], [1, 1, 9, 9]])
-    patches = Patches(torch.zeros(1, 1, 16, 16), boxes, torch.zeros(2, dtype=torch.int64), torch.ones(2))
+    images.images[::4, :, :4] = 0.7
+    boxes = torch.tensor([[1, 1, 9, 9], [4, 8, 0, 0], [8, 8, 8, 8]])
+    patches = Patches(torch.zeros(1, 1, 16, 16), boxes, torch.zeros(3, dtype=torch.int64), torch.ones(3))
     patch = smallest(FallsForSquare(0.0), images, Aim(1), patches)
-    assert (patch.top, patch.left) == (0, 0)
+    assert (patch.area, patch.success) == (32, 0.5)
 
 
 def test_only_small_ones():

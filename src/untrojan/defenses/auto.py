@@ -22,7 +22,7 @@ from untrojan.defenses.views import FEW_IMAGES, mixed, shifted, varied
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
-from untrojan.model import faster
+from untrojan.model import faster, folded
 from untrojan.progress import stage
 from untrojan.record import Comparison, Diagnosis
 from untrojan.scanners.aim import Aim
@@ -134,7 +134,7 @@ class Auto(Tuning):
         generator = new_generator(seed)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         average = AveragedModel(model.eval(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-        teacher, student = faster(teacher, clean), faster(model, clean)
+        teacher, student = folded(teacher, clean), faster(model, clean)
         triggers: list[_Triggers] = []
         for aim in aims:
             local = diagnosis.patched(aim.label)
@@ -145,8 +145,9 @@ class Auto(Tuning):
                 triggers[-1].weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
         for number in range(1, self.rounds + 1):
             detail = f"round {number}/{self.rounds}"
+            searched = folded(student, clean)
             for each in triggers:
-                each.look(student, clean, self.search_steps, detail)
+                each.look(searched, clean, self.search_steps, detail)
             spread = any(each.spread for each in triggers)
             lr = self.lr * (2 * (1 - number / self.rounds) + (1 if spread else 0.25))
             self._unlearn(student, teacher, average, clean, triggers, lr, detail)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.model import faster, mode
+from untrojan.model import folded, mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.record import ChangeKind, Comparison
@@ -273,7 +273,7 @@ def compare(
         >>> [each.comparison.kind for each in found if each.comparison.label == 1]
         ['perturbation', 'warp', 'recoloring']
     """
-    quick = faster(model, shown)
+    quick = folded(model, shown)
     best: list[tuple[int, Changes, Tensor]] = []
     shares: dict[tuple[str, int], float] = {}
     with stage("compare labels", total=len(labels), detail=detail) as advance:

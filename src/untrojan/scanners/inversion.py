@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.model import faster, mode
+from untrojan.model import folded, mode
 from untrojan.pictures import png
 from untrojan.scanners.aim import Aim
 
@@ -85,7 +85,7 @@ def universal(model: nn.Module, clean: CleanSet, aim: Aim, seed: int) -> Perturb
     generator = new_generator(seed)
     others = aim.others(clean)
     shown = others.some(IMAGES, generator)
-    found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), faster(model, clean)
+    found, quick = Perturbation(torch.zeros(clean.shape), FIRST_NORM), folded(model, clean)
     for number in range(ROUNDS):
         found = Perturbation(found.values, FIRST_NORM * GROWTH**number)
         _improve(found, quick, lambda: shown.batches(BATCH, generator), aim, EPOCHS)
@@ -122,7 +122,7 @@ def bounded(
     """
     found = Perturbation(torch.zeros(clean.shape), norm)
     others = aim.others(clean)
-    _improve(found, faster(model, clean), lambda: others.draws(SHORT_BATCH, steps, generator), aim, epochs=1, ball=ball)
+    _improve(found, folded(model, clean), lambda: others.draws(SHORT_BATCH, steps, generator), aim, epochs=1, ball=ball)
     return found
 
 

@@ -6,6 +6,7 @@ optimized while random windows of them are stamped, which makes every place of a
 Windows that worked are drawn again: moved a little, made smaller, with another pattern.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import faster, mode
+from untrojan.model import folded, mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.scanners.aim import Aim
@@ -186,7 +187,7 @@ def search(
         Wang et al.: Neural Cleanse, IEEE S&P 2019, whose soft masks this replaces by windows.
     """
     rounds = min(ROUNDS, steps)
-    model = faster(model, clean)
+    model = folded(model, clean)
     look = _Search(model, aim.others(clean), aim, generator, known, unguided=steps // rounds)
     with mode(model, training=False):
         fit(
@@ -237,7 +238,7 @@ def pinpoint(
         >>> pinpoint(net, images, Aim(1), found, generator).boxes.shape
         torch.Size([12, 4])
     """
-    quick = faster(model, clean)
+    quick = folded(model, clean)
     shown = aim.others(clean).some(CLIMB_IMAGES, generator)
     draws = BoxDraws(*clean.shape[1:], generator)
     keys, _, mean = _means(patches)
@@ -247,12 +248,18 @@ def pinpoint(
         solid[:, 4] += len(patches.patterns) - len(known.patterns)
         starts = torch.cat([starts, solid])
     best = patches.at(starts)
+    margins: dict[tuple[int, ...], float] = {}
     with stage("pinpoint patches", total=CLIMBS, detail=detail) as advance:
         for _ in range(CLIMBS):
             near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
             near[:, :4] = draws.varied(near[:, :4])
             keys = torch.cat([best.keys, near]).unique(dim=0)
-            best = patches.at(keys[_two_of_each_pattern(keys, _margins(quick, shown, aim, patches.at(keys)))])
+            new = [key for key in map(tuple, keys.tolist()) if key not in margins]
+            if new:
+                told = _margins(quick, shown, aim, patches.at(torch.tensor(new)))
+                margins.update(zip(new, told.tolist(), strict=True))
+            scores = torch.tensor([margins[tuple(key)] for key in keys.tolist()])
+            best = patches.at(keys[_two_of_each_pattern(keys, scores)])
             advance()
     return best
 
@@ -296,15 +303,13 @@ def smallest(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches) -> H
         aim: Where to send them.
         patches: Those to choose from; the few that matter most are tried.
     """
-    tried = measured(model, clean, aim, patches)
-    enough = [patch for patch in tried if patch.success >= ENOUGH]
-    if enough:
-        return min(enough, key=lambda patch: (patch.area, -patch.success))
-    return max(tried, key=lambda patch: patch.success)
+    return max(measured(model, clean, aim, patches, enough=ENOUGH), key=lambda patch: patch.success)
 
 
-def measured(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches, most: int | None = None) -> list[HardPatch]:
-    """Measure how many images the best patch of each size sends where they are to go.
+def measured(
+    model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches, most: float = math.inf, enough: float = math.inf
+) -> list[HardPatch]:
+    """Measure how many images the best patch of each size sends where they are to go, the smallest first.
 
     Args:
         model: The network; it is not changed.
@@ -312,12 +317,13 @@ def measured(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches, most
         aim: Where to send them.
         patches: Those to choose from.
         most: Leave out patches of more pixels than this.
+        enough: End with the first that sends this share of the images.
 
     Returns:
-        One patch of each size that was tried, in no particular order.
+        One patch of each size that was tried.
     """
     tried = []
-    candidates = [row for row in _candidates(patches) if most is None or patches.areas[row] <= most]
+    candidates = [row for row in _candidates(patches) if patches.areas[row] <= most]
     with stage("try patches", total=len(candidates), detail=str(aim)) as advance:
         for row in candidates:
             height, width, top, left = patches.boxes[row].tolist()
@@ -325,16 +331,18 @@ def measured(model: nn.Module, clean: CleanSet, aim: Aim, patches: Patches, most
             patch = HardPatch(values, top, left, 0.0)
             tried.append(patch._replace(success=patch.success_on(model, clean, aim)))
             advance()
+            if tried[-1].success >= enough:
+                break
     return tried
 
 
 def _candidates(patches: Patches) -> list[int]:
-    """Rows of the patches of each size that did best over all images they were tried on, one of each size."""
+    """Rows of the patches of each size that did best over all images they were tried on, the smallest first."""
     _, group, mean = _means(patches)
     best: dict[int, int] = {}
     for row in mean[group].argsort(descending=True, stable=True).tolist():
         best.setdefault(int(patches.areas[row]), row)
-    return list(best.values())
+    return [row for _, row in sorted(best.items())]
 
 
 def _means(patches: Patches) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.model import correct, faster, logits
+from untrojan.model import correct, folded, logits
 from untrojan.record import Diagnosis
 
 DRAWS = 16
@@ -67,7 +67,7 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
     if not len(clean) or not diagnosis.suspects:
         return doubtful
     generator = new_generator(seed)
-    right, quick = correct(model, clean), faster(model, clean)
+    right, quick = correct(model, clean), folded(model, clean)
     for label in diagnosis.suspects:
         of_label = clean.labels == label
         own, others = right & of_label, right & ~of_label

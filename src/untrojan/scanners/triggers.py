@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.model import logits
+from untrojan.model import folded, logits
 from untrojan.pictures import png
 from untrojan.progress import whole
 from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, TriggerKind, Verdict
@@ -233,6 +233,7 @@ class _Look:
 
     def __init__(self, model: nn.Module, shown: CleanSet, held: CleanSet, classes: int, seed: int) -> None:
         self.model = model
+        self.quick = folded(model, shown)
         self.shown = shown
         self.held = held
         self.few = held.take(range(min(len(held), FEW_IMAGES)))
@@ -251,15 +252,15 @@ class _Look:
         """Search for every label; with many, patches twice for those that are more promising."""
         with whole("search triggers", total=len(self.labels)) as advance:
             for label in self.labels:
-                self.for_patches(label, steps, self.few)
-                self.for_perturbation(label, FAINT_STEPS[0], self.few)
+                self.for_patches(label, steps)
+                self.for_perturbation(label, FAINT_STEPS[0])
                 advance()
         if len(self.labels) <= FEW_LABELS:
             return
         promising = self.promising()
         with whole("search more patches", total=len(promising)) as advance:
             for label in promising:
-                self.for_patches(label, steps, self.few, again=True)
+                self.for_patches(label, steps, again=True)
                 advance()
 
     def stronger(self) -> None:
@@ -296,7 +297,7 @@ class _Look:
                     break
                 self._scale(0.5)
                 for label in self.leaders():
-                    self.for_perturbation(label, FAINT_STEPS[1], self.held)
+                    self.for_perturbation(label, FAINT_STEPS[1], closely=True)
                 advance()
         if max(self.faint.values()) < MOST:
             self.norm, self.faint, self.perturbations = before
@@ -304,17 +305,17 @@ class _Look:
     def _scale(self, factor: float) -> None:
         self.norm *= factor
         for label in self.labels:
-            self.for_perturbation(label, FAINT_STEPS[0], self.few)
+            self.for_perturbation(label, FAINT_STEPS[0])
 
     def _is_crowded(self) -> bool:
         patched = any(_by_patches(shares) >= 1 for shares in self.shares.values())
         first = max(self.faint, key=self.faint.__getitem__)
         return not patched and self.faint[first] >= MOST and _by_faint(first, self.faint) < 1
 
-    def for_patches(self, label: int, steps: int, held: CleanSet, again: bool = False) -> None:
+    def for_patches(self, label: int, steps: int, again: bool = False, closely: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
-        patches = search(self.model, self.shown, Aim(label), self.generator, self.patches.get(label), steps)
-        best = measured(self.model, held, Aim(label), patches, self.sizes[-1])
+        patches = search(self.quick, self.shown, Aim(label), self.generator, self.patches.get(label), steps)
+        best = measured(*self._judged(closely), Aim(label), patches, self.sizes[-1])
         shares = [max((each.success for each in best if each.area <= size), default=0.0) for size in self.sizes]
         before = self.shares[label] if again else shares
         self.shares[label] = [*map(max, before, shares)]
@@ -325,21 +326,25 @@ class _Look:
         """The half of the labels whose patches work best on the images that they were searched on."""
         return sorted(self.labels, key=lambda label: -self.strength[label])[: len(self.labels) // 2]
 
-    def for_perturbation(self, label: int, steps: int, held: CleanSet) -> None:
+    def for_perturbation(self, label: int, steps: int, closely: bool = False) -> None:
         """Search a perturbation for a label."""
-        found = bounded(self.model, self.shown, Aim(label), self.norm, self.generator, "l2", steps)
-        self.faint[label] = found.success(self.model, held, Aim(label))
+        found = bounded(self.quick, self.shown, Aim(label), self.norm, self.generator, "l2", steps)
+        self.faint[label] = found.success(*self._judged(closely), Aim(label))
         self.perturbations = self._leading({**self.perturbations, label: found})
 
     def closely(self, label: int, steps: int) -> None:
         """Search patches and a perturbation for a label once more, for longer, and measure on all held-out images."""
-        self.for_patches(label, steps, self.held)
-        self.for_perturbation(label, FAINT_STEPS[1], self.held)
+        self.for_patches(label, steps, closely=True)
+        self.for_perturbation(label, FAINT_STEPS[1], closely=True)
+
+    def _judged(self, closely: bool) -> tuple[nn.Module, CleanSet]:
+        """What tells how far triggers reach: the network and all held-out images, or the quick one and few of them."""
+        return (self.model, self.held) if closely else (self.quick, self.few)
 
     def for_changes(self, suspects: Sequence[int]) -> None:
         """Search changes of the whole image for the labels that are suspected and a few others."""
         labels = with_others(suspects, self.shown, self.generator)
-        self.changes = compare(self.model, self.shown, self.held, labels, self.norm, self.generator)
+        self.changes = compare(self.quick, self.shown, self.held, labels, self.norm, self.generator)
 
     def leaders(self) -> list[int]:
         """The labels that triggers reach furthest into, whether or not they stand out."""
@@ -363,7 +368,7 @@ class _Look:
     def without_target(self, steps: int) -> list[Trigger]:
         """The patch that sends images of each class to a label of their own, where one sends most of them."""
         aim = Aim(None)
-        patches = search(self.model, self.shown, aim, self.generator, steps=steps).upto(self.sizes[-1])
+        patches = search(self.quick, self.shown, aim, self.generator, steps=steps).upto(self.sizes[-1])
         found = smallest(self.model, self.held, aim, patches)
         if not self._to_labels_of_their_own(found):
             return []

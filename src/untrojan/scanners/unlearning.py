@@ -17,6 +17,7 @@ from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
+from untrojan.model import faster
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scanners.scanner import Scanner
 
@@ -131,7 +132,8 @@ class Unlearning:
             runs: How many.
         """
         views: tuple[View, View] = ("plain", "noise")
-        return [self.unlearn(model, clean, seed + run, views[run % 2], f"{run + 1}/{runs}").run for run in range(runs)]
+        quick = faster(model, clean)
+        return [self.unlearn(quick, clean, seed + run, views[run % 2], f"{run + 1}/{runs}").run for run in range(runs)]
 
 
 def warn_of_missed_floor(last: float | None, floor: float) -> None:
