@@ -489,6 +489,7 @@ def test_stopped_run_ends_cleanly(command, tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
     program = sys.executable, "-c", f"{SCANS_QUICKLY}sys.exit(untrojan.cli.run(sys.argv[1:]))"
     code, out, shown = on_a_terminal(command(*QUICK, "--json"), None, program)

@@ -735,7 +735,9 @@ def test_sarif_speaks_about_the_weights_only():
     assert "file" not in json.dumps(log_of(scanned())["runs"][0]["tool"])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("repaired", "scan") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_browser_draws_every_chart_without_an_error(pages, name, tmp_path):
     document, console = opened(pages[name], tmp_path)
     harmless = ("setting log level", "ResizeObserver loop completed")

@@ -89,7 +89,7 @@ def universal(model: nn.Module, clean: CleanSet, aim: Aim, seed: int) -> Perturb
     for number in range(ROUNDS):
         found = Perturbation(found.values, FIRST_NORM * GROWTH**number)
         _improve(found, quick, lambda: shown.batches(BATCH, generator), aim, EPOCHS)
-        if found.success(model, others, aim) >= ENOUGH:
+        if found.success(quick, others, aim) >= ENOUGH:
             break
     return found
 
