@@ -28,7 +28,7 @@ from untrojan.data import CleanSet
 from untrojan.device import chosen
 from untrojan.record import Comparison, Diagnosis, Rate
 from untrojan.run import forget_peak_memory
-from untrojan.scanners.triggers import how_far
+from untrojan.scanners.reach import how_far
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 

@@ -14,19 +14,8 @@ from untrojan.model import logits
 from untrojan.record import Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import bounded
-from untrojan.scanners.triggers import (
-    ALIKE,
-    FAINT,
-    FAR,
-    FURTHER,
-    MOST,
-    SIZES,
-    TriggerScanner,
-    _halves,
-    _Look,
-    judge,
-    targets_of,
-)
+from untrojan.scanners.reach import ALIKE, FAR, FURTHER, MOST, judge, targets_of
+from untrojan.scanners.triggers import FAINT, SIZES, TriggerScanner, _halves, _Look
 from untrojan.scanners.unlearning import diagnose
 
 SIDE, CLASSES = 16, 4
@@ -310,7 +299,7 @@ def test_a_perturbation_keeps_to_its_norm(images, ball):
 def test_the_half_of_the_labels_whose_patches_work_best_is_promising(images):
     look = _Look(Bands({9: 2}), images, images, CLASSES, seed=0)
     for label in look.labels:
-        look.for_patches(label, 15, look.few)
+        look.for_patches(label, 15)
     promising = look.promising()
     assert promising[0] == 2
     assert len(promising) == CLASSES // 2
@@ -319,9 +308,9 @@ def test_the_half_of_the_labels_whose_patches_work_best_is_promising(images):
 def test_searched_again_the_better_result_counts(images):
     look = _Look(Bands(), images, images, CLASSES, seed=0)
     look.shares[2] = [1.0] * len(SIZES)
-    look.for_patches(2, 2, look.few, again=True)
+    look.for_patches(2, 2, again=True)
     assert look.shares[2] == [1.0] * len(SIZES)
-    look.for_patches(2, 2, look.few)
+    look.for_patches(2, 2)
     assert max(look.shares[2]) < 0.5
 
 
@@ -338,7 +327,7 @@ def test_perturbations_are_made_fainter_until_one_label_stands_out(images, monke
     look = _Look(Bands(), images, images, CLASSES, seed=0)
     first = look.norm
 
-    def reach(label, *_):
+    def reach(label, *_, **__):
         look.faint[label] = min(1.0, stands[label] * look.norm / first)
 
     monkeypatch.setattr(look, "for_perturbation", reach)

@@ -1,4 +1,4 @@
-"""How far small patches reach into each label, and whether they reach into one label too far."""
+"""The default scan: search small triggers into every label, and tell by how far they reach."""
 
 import json
 import math
@@ -19,12 +19,13 @@ from untrojan.device import new_generator
 from untrojan.model import folded, logits
 from untrojan.pictures import png
 from untrojan.progress import whole
-from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, TriggerKind, Verdict
+from untrojan.record import Diagnosis, Rate, Reach, Trigger, TriggerKind
 from untrojan.scanners import unlearning
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Change, compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import HardPatch, Patches, least_area, measured, search, smallest
+from untrojan.scanners.reach import MOST, by_faint, by_patches, how_far, judge, scores_of, standing_out, targets_of
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
 
@@ -42,20 +43,7 @@ FAINTEST_SHARE = 0.04
 DOUBLINGS = 3
 HALVINGS = 3
 FAINT_STEPS = 20, 60
-FAR = 0.5
-MOST = 0.8
 OF_EACH = 2
-ALIKE = 0.9
-FURTHER = 0.4
-RULE = (
-    f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
-    f"largest of these {MOST:.0%}, or a faint perturbation or a slight warp sends {MOST:.0%} there and {FURTHER:.0%} "
-    "fewer to any other label, and that holds for at most half of the labels, "
-    f"or one patch sends {MOST:.0%} of them to other labels, each class to one of its own; "
-    f"inconclusive: it holds for more, or faint perturbations send {MOST:.0%} to a label and many to another as well, "
-    "or none of that but every unlearning run ends on the very label that triggers reach furthest into; "
-    "not_found: anything else"
-)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -138,85 +126,6 @@ class TriggerScanner(Unlearning, Scanner):
         return max(math.ceil(self.search_steps / 2), min(self.search_steps, self.search_steps * FEW_LABELS // classes))
 
 
-def targets_of(reaches: Sequence[Reach], shares: Mapping[int, float]) -> list[int]:
-    """The labels that small triggers reach too far into and that are about as suspicious as any, the most so first.
-
-    A label of a backdoored model that is no target can be reached too far as well, but then it does not survive
-    unlearning as the target does, so both count. Where triggers reach too far into more than half of all labels, the
-    network is fragile, and none is named.
-
-    Args:
-        reaches: How far triggers reach into each label.
-        shares: What share of predictions each label has after unlearning; 0 where it is left out.
-
-    Example:
-        >>> def reach(label, far):
-        ...     return Reach(label=label, sizes=[4], shares=[far / 2], norm=1, faint=0, far=far)
-        >>> targets_of([reach(0, 0.2), reach(1, 1.8), reach(2, 1.7), reach(3, 0.1)], {1: 0.9})
-        [1]
-    """
-    scores = _scores([reach for reach in reaches if reach.far >= 1], shares)
-    if not scores or len(scores) > len(reaches) / 2:
-        return []
-    enough = ALIKE * max(scores.values())
-    return [label for label in sorted(scores, key=scores.__getitem__, reverse=True) if scores[label] >= enough]
-
-
-def judge(
-    unlearned: Diagnosis,
-    reaches: Sequence[Reach],
-    triggers: list[Trigger],
-    comparisons: list[Comparison],
-    clean_models: Sequence[float] = (),
-) -> Diagnosis:
-    """Say what unlearning runs and the reach of triggers mean.
-
-    Args:
-        unlearned: What the unlearning runs say by themselves.
-        reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of` or, where there is none, at most one without a label.
-        comparisons: How far whole-image changes reach into some labels.
-        clean_models: How far the furthest label was reached in each model that is known to be clean.
-
-    Returns:
-        The verdict by :data:`RULE`. The score of a label is how far it is reached plus its mean share of predictions at
-        the ends of unlearning.
-    """
-    shares = {target.label: target.score for target in unlearned.targets}
-    furthest = max(reaches, key=lambda reach: reach.far)
-    shown = [trigger.label for trigger in triggers]
-    too_far = furthest.far >= 1 or any(reach.faint >= MOST for reach in reaches)
-    survives = furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}
-    verdict: Verdict = "not_found"
-    if targets_of(reaches, shares) or None in shown:
-        verdict = "found"
-    elif too_far or survives:
-        verdict = "inconclusive"
-    targets = [Target(label=label, score=score) for label, score in _scores(reaches, shares).items()]
-    return Diagnosis(
-        verdict=verdict,
-        rule=RULE,
-        targets=sorted(targets, key=lambda each: (each.label not in shown, -each.score, each.label)),
-        runs=unlearned.runs,
-        reaches=sorted(reaches, key=lambda each: each.label),
-        comparisons=comparisons,
-        triggers=triggers,
-        calibration=Calibration(
-            score=furthest.far,
-            as_high=_at_least(furthest.far, clean_models),
-            false_alarms=_at_least(1, clean_models),
-        ),
-    )
-
-
-def _scores(reaches: Sequence[Reach], shares: Mapping[int, float]) -> dict[int, float]:
-    return {reach.label: reach.far + shares.get(reach.label, 0.0) for reach in reaches}
-
-
-def _at_least(score: float, scores: Sequence[float]) -> Rate:
-    return Rate.of(sum(each >= score for each in scores), len(scores))
-
-
 @cache
 def _clean_models() -> list[float]:
     """The furthest reach in each model that is known to be clean; written by `benchmarks/scan.py`."""
@@ -279,7 +188,7 @@ class _Look:
             for label in leaders:
                 self.closely(label, steps)
                 advance()
-            scores = _scores(self.reaches(), survived)
+            scores = scores_of(self.reaches(), survived)
             first = max(scores, key=scores.__getitem__)
             if first not in leaders:
                 self.closely(first, steps)
@@ -308,9 +217,9 @@ class _Look:
             self.for_perturbation(label, FAINT_STEPS[0])
 
     def _is_crowded(self) -> bool:
-        patched = any(_by_patches(shares) >= 1 for shares in self.shares.values())
+        patched = any(by_patches(shares) >= 1 for shares in self.shares.values())
         first = max(self.faint, key=self.faint.__getitem__)
-        return not patched and self.faint[first] >= MOST and _by_faint(first, self.faint) < 1
+        return not patched and self.faint[first] >= MOST and by_faint(first, self.faint) < 1
 
     def for_patches(self, label: int, steps: int, again: bool = False, closely: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
@@ -386,7 +295,7 @@ class _Look:
     def trigger(self, label: int) -> Trigger:
         """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the best change."""
         aim, change = Aim(label), self._change(label)
-        if _by_patches(self.shares[label]) >= max(1, self.faint[label] / MOST):
+        if by_patches(self.shares[label]) >= max(1, self.faint[label] / MOST):
             return self._patch(aim, smallest(self.model, self.held, aim, self.patches[label]))
         if change is not None:
             share = aim.share(self.model, self.held, change.add)
@@ -419,7 +328,7 @@ class _Look:
 
     def _change(self, label: int) -> Change | None:
         """The warp or recoloring that stands out most, unless a perturbation does and goes further."""
-        faint = _by_faint(label, self.faint) >= 1
+        faint = by_faint(label, self.faint) >= 1
         of_label = [change for change in self.changes if change.comparison.label == label]
         able = [each for each in of_label if (faint if each.comparison.kind == "perturbation" else _stands_out(each))]
         first = max(able, key=lambda change: change.comparison.further, default=None)
@@ -437,50 +346,14 @@ class _Look:
         return how_far(label, self.shares[label], self.faint, [change.comparison for change in self.changes])
 
 
-def how_far(
-    label: int, shares: Sequence[float], faint: Mapping[int, float], comparisons: Sequence[Comparison]
-) -> float:
-    """How far triggers reach into a label: 1 is too far.
-
-    Args:
-        label: The label.
-        shares: What share of images patches of each size send there.
-        faint: What share a faint perturbation sends to each label.
-        comparisons: What other changes of the whole image do; warps count.
-
-    Example:
-        >>> how_far(0, [0.1, 0.2], {0: 1.0, 1: 0.75}, [])
-        0.625
-    """
-    warps = [each for each in comparisons if (each.label, each.kind) == (label, "warp")]
-    by_warps = [_standing_out(warp.share, warp.further) for warp in warps]
-    return max(_by_patches(shares), _by_faint(label, faint), *by_warps)
-
-
-def _by_faint(label: int, faint: Mapping[int, float]) -> float:
-    """How far a faint perturbation reaches, by what it sends to each label."""
-    elsewhere = max((share for other, share in faint.items() if other != label), default=0.0)
-    return _standing_out(faint[label], faint[label] - elsewhere)
-
-
-def _standing_out(share: float, further: float) -> float:
-    """How far a change of the whole image reaches, by its share and by how much more that is than any other label's."""
-    return max(0.0, min(share / MOST, further / FURTHER))
-
-
 def _stands_out(change: Change) -> bool:
     """Whether a change sends most images to a label, and far fewer to others."""
-    return _standing_out(change.comparison.share, change.comparison.further) >= 1
+    return standing_out(change.comparison.share, change.comparison.further) >= 1
 
 
 def _tiled(*rows: Tensor) -> Tensor:
     """Rows of images `(n, C, H, W)` as one, with a white line after each."""
     return torch.cat([torch.cat([*functional.pad(images, (0, 1, 0, 1), value=1.0)], 2) for images in rows], 1)
-
-
-def _by_patches(shares: Sequence[float]) -> float:
-    """How far patches reach: 1 is too far."""
-    return max(statistics.fmean(shares) / FAR, shares[-1] / MOST)
 
 
 def _halves(clean: CleanSet, seed: int) -> tuple[CleanSet, CleanSet]:
