@@ -267,9 +267,9 @@ def page() -> str:
         "changes of the whole image` are older than that one, and of `auto`, than what it does about such changes. Of "
         "one-shot, seed 0 is older than the present scan, and than taking a trigger for a patch where none was shown "
         "but patches reach the label. Cells with poisoned images had these told by covering recovered patches, but "
-        "those of trojan_sq and trojan_wm with 5 percent, where that told none. Of one-shot, most cells of seeds 0 and 2, "
-        "and all of `auto`, are older than the check `keeps its answers on other views`, for want of which methods that "
-        "learned ten images by heart, and lost what they knew of others, were called repaired.",
+        "those of trojan_sq and trojan_wm with 5 percent, where that told none. Of one-shot, most cells of seeds 0 "
+        "and 2, and all of `auto`, are older than the check `keeps its answers on other views`, for want of which "
+        "methods that learned ten images by heart, and lost what they knew of others, were called repaired.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
