@@ -245,8 +245,7 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
 def folded(model: nn.Module, clean: CleanSet) -> nn.Module:
     """Give the network as it is now in evaluation mode, for searches that leave its weights alone.
 
-    It is :func:`faster`, and BatchNorm is part of the convolution before it, which takes a fifth off each step of a
-    search.
+    It is :func:`faster`, and BatchNorm is part of the convolution before it, which leaves less to compute.
 
     Args:
         model: The network. While the copy is used it must not change: where nothing can be folded, for instance because
