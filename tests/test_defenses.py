@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import CLASSES, DEFENSES, GIVEN, QUICK, Counts, RaisesAt, Snapshot, build, make_clean, train
+from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, Counts, RaisesAt, Snapshot, build, make_clean, train
 
 import untrojan
 from untrojan.defenses.defense import Defense, Outcome
@@ -93,7 +93,10 @@ def test_the_caller_sees_no_change_and_the_repair_is_whole(net, clean, method):
 
 
 @methods
-@pytest.mark.parametrize("name", ["batchnorm", "vit", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [net if net in ("batchnorm", "vit", "dropout") else pytest.param(net, marks=pytest.mark.slow) for net in NETS],
+)
 def test_a_repair_repeats(name, clean, method):
     one = method.repair(build(name), clean, GIVEN, seed=3)
     torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002

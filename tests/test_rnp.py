@@ -212,9 +212,8 @@ def test_a_floor_that_is_not_reached_warns_and_delivers(variant):
     assert len(repair.record.warnings) == (3 if variant == "fixed" else 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "given"), [*((name, GIVEN) for name in NETS), ("batchnorm", None)], ids=[*NETS, "batchnorm, looked"]
-)
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("given", [GIVEN, pytest.param(None, marks=pytest.mark.slow)], ids=["given", "looked"])
 @pytest.mark.parametrize("fields", [{"unlearn_lr": 1e30}, {"recover_lr": 1e30}], ids=["unlearn", "recover"])
 def test_divergence_does_not_crash(name, given, fields, clean):
     net = build(name)

@@ -254,11 +254,12 @@ def pinpoint(
             near = best.keys.repeat_interleave(CLIMB_TRIES, dim=0)
             near[:, :4] = draws.varied(near[:, :4])
             keys = torch.cat([best.keys, near]).unique(dim=0)
-            new = [key for key in map(tuple, keys.tolist()) if key not in margins]
+            near_by = [tuple(key) for key in keys.tolist()]
+            new = [key for key in near_by if key not in margins]
             if new:
                 told = _margins(quick, shown, aim, patches.at(torch.tensor(new)))
                 margins.update(zip(new, told.tolist(), strict=True))
-            scores = torch.tensor([margins[tuple(key)] for key in keys.tolist()])
+            scores = torch.tensor([margins[key] for key in near_by])
             best = patches.at(keys[_two_of_each_pattern(keys, scores)])
             advance()
     return best

@@ -125,6 +125,8 @@ class Unlearning:
     def survey(self, model: nn.Module, clean: CleanSet, seed: int, runs: int) -> list[UnlearningRun]:
         """Unlearn several times, each time on a seed of its own and every second time with noise.
 
+        The network runs as :func:`~untrojan.model.faster` gives it, for only which class survives is asked.
+
         Args:
             model: As for :meth:`unlearn`.
             clean: As for :meth:`unlearn`.
