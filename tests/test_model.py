@@ -217,10 +217,14 @@ def test_a_network_that_cannot_run_faster_is_given_back(net):
     assert faster(net, CleanSet(torch.full((4, 3, 4, 4), 0.3), torch.tensor([0, 1, 0, 1]))) is net
 
 
-def test_without_bfloat16_in_the_processor_nothing_is_faster(monkeypatch):
+def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_last_and_rounds_nothing(monkeypatch):
     monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
-    net = linear()
-    assert faster(net, make_clean()) is net
+    net, clean, seen = build("batchnorm").eval(), make_clean(), []
+    quick = faster(net, clean)
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-6)
+    assert [images.is_contiguous(memory_format=torch.channels_last) for images in seen] == [True, False]
+    assert {images.dtype for images in seen} == {torch.float32}
 
 
 @pytest.fixture
@@ -283,9 +287,9 @@ def test_what_is_used_twice_is_not_folded():
 
 
 @pytest.mark.usefixtures("float32")
-def test_a_network_that_cannot_be_traced_is_given_back():
+def test_a_network_that_cannot_be_traced_keeps_its_own_weights():
     net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Returns(lambda out: out if out.sum() > 0 else -out))
-    assert folded(net, make_clean()) is net
+    assert [id(each) for each in folded(net, make_clean()).parameters()] == [id(each) for each in net.parameters()]
 
 
 @pytest.mark.usefixtures("bfloat16")
