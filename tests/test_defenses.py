@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, Counts, RaisesAt, Snapshot, build, make_clean, train
+from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, UNLIKE, Counts, RaisesAt, Snapshot, build, make_clean, train
 
 import untrojan
 from untrojan.defenses.defense import Defense, Outcome
@@ -108,7 +108,7 @@ def test_a_repair_repeats(name, clean, method):
 
 @methods
 @pytest.mark.parametrize("at", [1, 2, 5, 11])
-@pytest.mark.parametrize("name", ["batchnorm", "dropout", "vit", "shared"])
+@pytest.mark.parametrize("name", UNLIKE)
 def test_the_caller_sees_no_change_when_a_layer_raises(clean, method, name, at):
     net, raises = build(name), RaisesAt(at)
     list(net.modules())[2].register_forward_hook(raises)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import CLASSES, NETS, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
@@ -195,7 +195,7 @@ def test_pruning_and_tuning_weaken_the_backdoor():
     assert correct(after, held).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("count", [4, 5, 9, 17])
 def test_few_images(name, count):
     net, clean = build(name), make_clean(count)
@@ -204,7 +204,7 @@ def test_few_images(name, count):
     assert any(not torch.equal(value, after[key]) for key, value in net.named_parameters())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_divergence_ends_finite(name, clean):
     with pytest.warns(UnreliableWarning, match="fine-tune: NaN or infinity"):
         after = tuned(FinePruning(epochs=8, lr=1e30), build(name), clean)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import NETS, build, make_clean, train
+from tiny import UNLIKE, build, make_clean, train
 from torch.nn import functional
 
 from untrojan.defenses.fine_tuning import FineTuning
@@ -89,7 +89,7 @@ def test_frozen_parameters_are_trained_and_stay_frozen(clean):
     assert not repair.model[0].weight.requires_grad
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("count", [4, 5, 9, 17])
 def test_few_images(name, count):
     net, clean = build(name), make_clean(count)
@@ -98,7 +98,7 @@ def test_few_images(name, count):
     assert any(not torch.equal(value, after[key]) for key, value in net.named_parameters())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_divergence_goes_back(name, clean):
     net = build(name)
     with pytest.warns(UnreliableWarning, match="fine-tune: NaN or infinity"):

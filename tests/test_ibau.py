@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import NETS, SHAPE, backdoored, build, make_clean, train
+from tiny import SHAPE, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
@@ -236,7 +236,7 @@ def test_a_trained_model_forgets_its_trigger():
     assert still < 0.5
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("fields", [{"lr": 1e30}, {"perturb_lr": 1e38}, {"contraction_lr": 1e30}], ids=str)
 def test_divergence_does_not_crash(name, fields, clean):
     repair = IBAU(rounds=2, **fields).repair(build(name), clean, GIVEN)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import NETS, build, make_clean, train
+from tiny import UNLIKE, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
@@ -99,7 +99,7 @@ def test_a_high_penalty_keeps_the_masks(clean):
     assert held < free / 2
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("count", [4, 5, 9])
 def test_few_images(name, count):
     net, clean = build(name), make_clean(count)
@@ -116,7 +116,7 @@ def test_one_image_per_class_keeps_the_accuracy(clean):
     assert correct(repair.model, clean).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_divergence_ends_finite(name, clean):
     net = build(name)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CLASSES, NETS, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -270,7 +270,7 @@ def test_the_polarizer_holds_the_trigger_back():
     assert correct(tuned, clean).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("fields", [{"lr": 1e30}, {"warmup_lr": 1e30}], ids=str)
 def test_divergence_does_not_crash(name, fields, clean):
     repair = NPD(epochs=2, warmup_epochs=2, **fields).repair(build(name), clean, GIVEN)

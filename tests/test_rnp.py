@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CLASSES, NETS, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -212,7 +212,7 @@ def test_a_floor_that_is_not_reached_warns_and_delivers(variant):
     assert len(repair.record.warnings) == (3 if variant == "fixed" else 1)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("given", [GIVEN, pytest.param(None, marks=pytest.mark.slow)], ids=["given", "looked"])
 @pytest.mark.parametrize("fields", [{"unlearn_lr": 1e30}, {"recover_lr": 1e30}], ids=["unlearn", "recover"])
 def test_divergence_does_not_crash(name, given, fields, clean):
@@ -223,7 +223,7 @@ def test_divergence_does_not_crash(name, given, fields, clean):
     assert repair.record.status in ("repaired", "failed", "nothing_to_repair")
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize(("count", "batch_size"), [(4, 128), (9, 8), (17, 4), (33, 16), (13, 3), (7, 2)])
 def test_few_images(name, count, batch_size):
     method = rnp(select="count", count=1, batch_size=batch_size, unlearn_epochs=1, recover_epochs=1)

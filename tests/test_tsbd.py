@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import NETS, backdoored, build, make_clean, train
+from tiny import NETS, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
@@ -159,13 +159,13 @@ def test_diverged_unlearning_says_nothing(name, clean):
         assert torch.allclose(after.get_parameter(key), value, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_divergence_ends_finite(name, clean):
     after = tuned(tsbd(epochs=8, lr=1e30), build(name), clean)
     assert all(torch.isfinite(value).all() for value in after.parameters())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("count", [4, 5, 9, 17])
 def test_few_images(name, count):
     net, clean = build(name), make_clean(count)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import CLASSES, NETS, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
@@ -210,7 +210,7 @@ def test_networks_without_a_row_per_class(net, text, clean):
         ULRL(unlearn_epochs=1).repair(net(), clean, GIVEN)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize(("count", "batch_size"), [(4, 128), (9, 8), (7, 2)])
 def test_few_images(name, count, batch_size):
     net, clean = build(name), make_clean(count)

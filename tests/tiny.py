@@ -126,6 +126,7 @@ NETS = {
     "dropout": lambda: _stack(nn.BatchNorm2d(6), nn.Dropout(0.3)),
     "no-affine": lambda: _stack(nn.BatchNorm2d(6, affine=False)),
 }
+UNLIKE = ("batchnorm", "vit", "shared")  # for what need not be seen on every one of them
 
 
 def build(name, seed=0):
