@@ -191,7 +191,7 @@ def test_a_negative_seed_is_refused():
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: True)
 
 
 @pytest.mark.usefixtures("bfloat16")
@@ -218,7 +218,7 @@ def test_a_network_that_cannot_run_faster_is_given_back(net):
 
 
 def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_last_and_rounds_nothing(monkeypatch):
-    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
     net, clean, seen = build("batchnorm").eval(), make_clean(), []
     quick = faster(net, clean)
     net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -229,7 +229,7 @@ def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_las
 
 @pytest.fixture
 def float32(monkeypatch):
-    monkeypatch.setattr(model_module, "_multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
 
 
 def settled(*layers):

@@ -215,8 +215,8 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
     """Give the same network, sharing its weights, for searches and training that bear rounding to eight bits.
 
     It runs with the channels last and, where processor or GPU multiplies bfloat16 natively, in that type, which takes
-    half the time or less; elsewhere a pass takes some two thirds. What is measured in the end is measured on the
-    network itself.
+    half the time or less; elsewhere the time saved is less (`benchmarks/faster.md`). What is measured in the end is
+    measured on the network itself.
 
     Args:
         model: The network.
@@ -232,7 +232,7 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
     device = device_of(model).type
     if isinstance(model, _Faster) or device not in ("cpu", "cuda"):
         return model
-    quick = _Faster(model, rounding=_multiplies_bfloat16(device))
+    quick = _Faster(model, rounding=multiplies_bfloat16(device))
     few = clean.take(range(min(2, len(clean)))).floats()
     with mode(model, training=False):
         try:
@@ -301,7 +301,8 @@ class _Faster(nn.Module):
 
 
 @cache
-def _multiplies_bfloat16(device: str) -> bool:
+def multiplies_bfloat16(device: str) -> bool:
+    """Tell whether a device, "cpu" or "cuda", multiplies bfloat16 natively."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
