@@ -7,14 +7,12 @@ natively, float32 elsewhere.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from cases import CASES, SHARED
-from torch import Tensor, nn
+from cost import KINDS, bare
 
 import untrojan
 from untrojan.model import faster, folded, multiplies_bfloat16
@@ -24,44 +22,24 @@ from untrojan.writing import write_atomic
 RECORDS = Path("benchmarks/records/faster")
 PAGE = Path("benchmarks/faster.md")
 NETS = {"small-vgg": "cifar10-badnets", "wrn-16-1": "cifar10-grid"}
+SEARCHED = ("judge", "input")
 BATCH = 128
 TURNS = 7
 
 
-def passes(net: nn.Module, images: Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed, by name; backward to the weights where they are to be learned."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            net(images)
-
-    def to_images() -> None:
-        given = images.clone().requires_grad_()
-        torch.autograd.grad(net(given).sum(), given)
-
-    def to_weights() -> None:
-        torch.autograd.grad(net(images).sum(), weights)
-
-    weights = [each for each in net.parameters() if each.requires_grad]
-    both = {"forward": forward, "and back to the images": to_images}
-    return both | {"and back to the weights": to_weights} if weights else both
-
-
 def measure(case: str) -> dict[str, dict[str, float]]:
-    """The shortest time of each pass, in seconds, by version of the network; versions take turns."""
+    """The shortest time of each kind of pass, in seconds, by version of the network; versions take turns."""
     known = CASES[case]
     model = untrojan.load(SHARED / "checkpoints" / known.file, known.net).eval()
     clean = untrojan.CleanSet.load(SHARED / "data" / known.train, samples=BATCH, seed=0)
     versions = {"as it is": model, "faster": faster(model, clean), "folded": folded(model, clean)}
-    jobs = {name: passes(net, clean.floats()) for name, net in versions.items()}
-    best = {name: dict.fromkeys(each, float("inf")) for name, each in jobs.items()}
+    spent: dict[str, dict[str, float]] = {name: {} for name in versions}
     for _ in range(TURNS):
-        for name, each in jobs.items():
-            for what, run in each.items():
-                start = time.perf_counter()
-                run()
-                best[name][what] = min(best[name][what], time.perf_counter() - start)
-    return best
+        for name, net in versions.items():
+            for kind in SEARCHED if name == "folded" else (*SEARCHED, "weights"):
+                took = bare(kind, net, clean.floats(), clean.labels, BATCH)
+                spent[name][kind] = min(took, spent[name].get(kind, took))
+    return spent
 
 
 def page(records: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -70,17 +48,18 @@ def page(records: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         f"Made by `python benchmarks/faster.py`: {BATCH} images of 32x32, the shortest of {TURNS} passes in turns. "
-        "Times are shares of what the same pass takes in the network as it is, in the same run."
+        "Times are shares of what the same pass takes in the network as it is, in the same run. A folded network is "
+        "for searches, which leave the weights alone."
     )
-    for kind, record in records.items():
-        yield f"\n## In {kind}, {record['environment']['threads']} threads\n"
+    for precision, record in records.items():
+        yield f"\n## In {precision}, {record['environment']['threads']} threads\n"
         yield "| network | pass | as it is | faster | folded |"
         yield "|---|---|---|---|---|"
         for net, times in record["seconds"].items():
-            for what, plain in times["as it is"].items():
-                others = [times[name].get(what) for name in ("faster", "folded")]
+            for kind, plain in times["as it is"].items():
+                others = [times[name].get(kind) for name in ("faster", "folded")]
                 shown = ["" if each is None else f"{each / plain:.2f}" for each in others]
-                yield f"| {net} | {what} | {plain:.2f} s | {' | '.join(shown)} |"
+                yield f"| {net} | {KINDS[kind]} | {plain:.2f} s | {' | '.join(shown)} |"
 
 
 def main() -> None:
