@@ -28,7 +28,7 @@ import untrojan
 from untrojan.model import tapped
 from untrojan.record import Diagnosis, Record
 from untrojan.run import environment
-from untrojan.sources.nets import SmallVGG
+from untrojan.sources.architectures import SmallVGG
 from untrojan.writing import write_atomic
 
 RECORD = Path("benchmarks/records/cost.json")

@@ -95,7 +95,7 @@ def test_the_caller_sees_no_change_and_the_repair_is_whole(net, clean, method):
 @methods
 @pytest.mark.parametrize(
     "name",
-    [net if net in ("batchnorm", "vit", "dropout") else pytest.param(net, marks=pytest.mark.slow) for net in NETS],
+    [net if net in ("vit", "dropout") else pytest.param(net, marks=pytest.mark.slow) for net in NETS],
 )
 def test_a_repair_repeats(name, clean, method):
     one = method.repair(build(name), clean, GIVEN, seed=3)
@@ -136,10 +136,10 @@ def test_a_network_that_changes_itself_is_not_called(clean, method):
     before.assert_same()
 
 
-@methods
-def test_methods_look_for_themselves(clean, method):
+@pytest.mark.parametrize("name", ["rnp", "fine-tuning", "auto"])
+def test_methods_look_for_themselves(clean, name):
     net = train(build("batchnorm"), clean, epochs=3)
-    repair = method.repair(net, clean)
+    repair = make(DEFENSES[name], QUICK[name]).repair(net, clean)
     assert repair.record.diagnosis is not None
     assert repair.record.status in ("repaired", "nothing_to_repair", "failed")
     unchanged = same(repair.model.state_dict(), net.state_dict())

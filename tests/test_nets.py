@@ -311,12 +311,8 @@ def accuracy(net, file, rows):
 @pytest.mark.parametrize(
     ("checkpoint", "net", "expected"),
     [
-        ("ibau-cifar10-badnets-t8.pth", "small-vgg", 0.846),
-        ("ibau-cifar10-trojan_sq-t2.pth", "small-vgg", 0.849),
-        ("ibau-cifar10-l0_inv-t0.pth", "small-vgg", 0.837),
         ("ibau-gtsrb-badnets-t8.pth", "small-vgg:classes=43", 0.973),
         ("ibau-gtsrb-trojan_wm-t2.pth", "small-vgg:classes=43", 0.973),
-        ("abl-cifar10-grid-t0.tar", "wrn-16-1", 0.858),
         ("nad-cifar10-finetuned.tar", "wrn-16-1", 0.855),
     ],
 )

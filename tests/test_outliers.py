@@ -14,7 +14,7 @@ from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
-from untrojan.sources.nets import PreActResNet18, SmallVGG
+from untrojan.sources.architectures import PreActResNet18, SmallVGG
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,13 @@ def statements(tree):
             yield from statements(node)
 
 
+@cache
 def imports(name):
     """Every name that a module imports, also inside its functions, with `from package import` resolved."""
+    return list(_imports(name))
+
+
+def _imports(name):
     package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in statements(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):

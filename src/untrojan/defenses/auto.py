@@ -148,9 +148,7 @@ class Auto(Tuning):
             searched = folded(student, clean)
             for each in triggers:
                 each.look(searched, clean, self.search_steps, detail)
-            spread = any(each.spread for each in triggers)
-            lr = self.lr * (2 * (1 - number / self.rounds) + (1 if spread else 0.25))
-            self._unlearn(student, teacher, average, clean, triggers, lr, detail)
+            self._unlearn(student, teacher, average, clean, triggers, 1 - number / self.rounds, detail)
         return average.module
 
     def _unlearn(
@@ -160,11 +158,13 @@ class Auto(Tuning):
         average: AveragedModel,
         clean: CleanSet,
         triggers: "Sequence[_Triggers]",
-        lr: float,
+        left: float,
         detail: str,
     ) -> None:
+        """Train for one round, with a share of `left` of the rounds after it."""
         generator, in_turn = triggers[0].generator, cycle(triggers)
         spread = any(each.spread for each in triggers)
+        lr = self.lr * (2 * left + (1 if spread else 0.25))
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
