@@ -209,6 +209,24 @@ def test_a_patch_that_was_recovered_is_met_by_patches(local):
     assert made.spread != local
 
 
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+@pytest.mark.parametrize("spread", [True, False])
+def test_few_images_are_varied_but_not_what_carries_changes_of_the_whole_image(spread, monkeypatch):
+    shown = []
+
+    def put_on(self, images, *rest):
+        shown.extend(images)
+        return original(self, images, *rest)
+
+    original = _Triggers.put_on
+    monkeypatch.setattr(_Triggers, "put_on", put_on)
+    clean = make_clean()
+    given = GIVEN if spread else GIVEN.model_copy(update={"triggers": [patch_for(TARGET)]})
+    Auto(rounds=1, steps=2, search_steps=2, augment="none").tune(build("plain"), clean, clean, given, seed=0)
+    as_they_are = torch.stack([(clean.floats() == each).flatten(1).all(1).any() for each in shown]).double().mean()
+    assert as_they_are == 1 if spread else as_they_are < 0.25
+
+
 def test_distractions_lay_something_over_half_of_the_images():
     images = torch.full((400, 3, 8, 8), 0.5)
     others = torch.rand(400, 3, 8, 8)

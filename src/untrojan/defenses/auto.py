@@ -76,7 +76,8 @@ class Auto(Tuning):
 
     The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
     spread, mixed, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
-    sign does no harm. Where there are fewer than a hundred, half of them are zoomed, recolored and pasted together too.
+    sign does no harm. Where there are fewer than a hundred, half of them are zoomed, recolored and pasted together too,
+    but for those that carry a change of the whole image, which that would hide.
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
@@ -185,8 +186,11 @@ class Auto(Tuning):
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             steps = self.steps * len(triggers)
             for images, labels in clean.draws(2 * self.batch_size, steps, generator, augment):
+                plain, carriers = images.chunk(2)
                 if len(clean) < FEW_IMAGES:
-                    images = varied(images, generator)
+                    plain = varied(plain, generator)
+                    carriers = carriers if spread else varied(carriers, generator)
+                images = torch.cat([plain, carriers])
                 yield images if spread else mixed(images, generator), labels
 
         fit(
