@@ -499,8 +499,7 @@ def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
     assert_cursor_is_back(shown)
 
 
-@pytest.mark.parametrize("where", ["closed pipe", "full disk"])
-@pytest.mark.parametrize("arguments", [["methods"], ["restore", "--help"]], ids=["result", "help"])
+@pytest.mark.parametrize(("where", "arguments"), [("closed pipe", ["methods"]), ("full disk", ["restore", "--help"])])
 def test_result_that_cannot_be_delivered_is_a_quiet_failure(where, arguments):
     if where == "full disk":
         out = os.open("/dev/full", os.O_WRONLY)
