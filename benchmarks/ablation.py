@@ -90,6 +90,7 @@ VARIANTS: dict[str, Callable[[Attack], tuple[Parts, dict[str, Any]]]] = {
     "the true trigger (oracle)": lambda attack: (_known(attack), {}),
     FEW: lambda _: ({}, {}),
     f"{FEW}, none varied": lambda _: ({"varied": _as_they_are}, {}),
+    f"{FEW}, no other images or noise laid over": lambda _: ({"_distracted": _as_they_are}, {}),
     f"{FEW}, all varied": lambda _: ({"varied": _as_they_are, "shifted": _shifted_and_varied}, {}),
 }
 
