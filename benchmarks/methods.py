@@ -272,7 +272,7 @@ def page() -> str:
         "methods that learned ten images by heart, and lost what they knew of others, were called repaired. Seed 0 of "
         "`auto` with 500 images is by the present code; most other cells but those alone are older than the folding "
         "of BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
-        "images, ran on a processor without bfloat16, which takes longer.",
+        "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):

@@ -88,9 +88,13 @@ class Problem:
 
     def solved(self, weights, delta):
         """The inner solution, by Newton's method from nearby."""
-        while self.slope(self.inner, delta, weights, 0).abs().max() > 1e-13:
+        for _ in range(20):
+            slope = self.slope(self.inner, delta, weights, 0)
+            if slope.abs().max() < 1e-13:
+                break
             bend = jacobian(lambda at: torch.autograd.grad(self.inner(at, weights), at, create_graph=True)[0], delta)
-            delta = delta - torch.linalg.solve(bend, self.slope(self.inner, delta, weights, 0))
+            delta = delta - torch.linalg.solve(bend, slope)
+        assert self.slope(self.inner, delta, weights, 0).abs().max() < 1e-12
         return delta
 
 
