@@ -43,6 +43,7 @@ TARGET = 7
 FEW = "one image per class"
 
 Parts = dict[str, Any]
+View = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def _any_patches(
@@ -59,12 +60,8 @@ def _as_they_are(images: Tensor, *_: object) -> Tensor:
     return images
 
 
-def _shifted_and_mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    return views.mixed(views.shifted(images, generator), generator)
-
-
-def _shifted_and_varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    return views.varied(views.shifted(images, generator), generator)
+def _shifted_and(change: View) -> View:
+    return lambda images, generator: change(views.shifted(images, generator), generator)
 
 
 def _known(attack: Attack) -> Parts:
@@ -85,13 +82,13 @@ VARIANTS: dict[str, Callable[[Attack], tuple[Parts, dict[str, Any]]]] = {
     ),
     "no other images or noise laid over": lambda _: ({"_distracted": _as_they_are}, {}),
     "no images mixed": lambda _: ({"mixed": _as_they_are}, {}),
-    "images mixed, always": lambda _: ({"mixed": _as_they_are, "shifted": _shifted_and_mixed}, {}),
+    "images mixed, always": lambda _: ({"mixed": _as_they_are, "shifted": _shifted_and(views.mixed)}, {}),
     "no average of the weights": lambda _: ({"DECAY": 0.0}, {}),
     "the true trigger (oracle)": lambda attack: (_known(attack), {}),
     FEW: lambda _: ({}, {}),
     f"{FEW}, none varied": lambda _: ({"varied": _as_they_are}, {}),
     f"{FEW}, no other images or noise laid over": lambda _: ({"_distracted": _as_they_are}, {}),
-    f"{FEW}, all varied": lambda _: ({"varied": _as_they_are, "shifted": _shifted_and_varied}, {}),
+    f"{FEW}, all varied": lambda _: ({"varied": _as_they_are, "shifted": _shifted_and(views.varied)}, {}),
 }
 
 

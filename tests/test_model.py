@@ -194,6 +194,11 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: True)
 
 
+@pytest.fixture
+def float32(monkeypatch):
+    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
+
+
 @pytest.mark.usefixtures("bfloat16")
 def test_a_faster_network_gives_nearly_the_same_and_shares_the_weights(net):
     clean = make_clean()
@@ -217,19 +222,14 @@ def test_a_network_that_cannot_run_faster_is_given_back(net):
     assert faster(net, CleanSet(torch.full((4, 3, 4, 4), 0.3), torch.tensor([0, 1, 0, 1]))) is net
 
 
-def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_last_and_rounds_nothing(monkeypatch):
-    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
+@pytest.mark.usefixtures("float32")
+def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_last_and_rounds_nothing():
     net, clean, seen = build("batchnorm").eval(), make_clean(), []
     quick = faster(net, clean)
     net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-6)
     assert [images.is_contiguous(memory_format=torch.channels_last) for images in seen] == [True, False]
     assert {images.dtype for images in seen} == {torch.float32}
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
 
 
 def settled(*layers):

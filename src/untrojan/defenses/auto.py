@@ -186,11 +186,10 @@ class Auto(Tuning):
         def views() -> Iterator[tuple[Tensor, Tensor]]:
             steps = self.steps * len(triggers)
             for images, labels in clean.draws(2 * self.batch_size, steps, generator, augment):
-                plain, carriers = images.chunk(2)
                 if len(clean) < FEW_IMAGES:
+                    plain, carriers = images.chunk(2)
                     plain = varied(plain, generator)
-                    carriers = carriers if spread else varied(carriers, generator)
-                images = torch.cat([plain, carriers])
+                    images = torch.cat([plain, carriers if spread else varied(carriers, generator)])
                 yield images if spread else mixed(images, generator), labels
 
         fit(

@@ -77,19 +77,29 @@ class _WideStage(nn.Module):
         return self.layer(maps)
 
 
-class _WideBlock(nn.Module):
+class _Preactivated(nn.Module):
+    """Two convolutions, each after its normalization, and a way around them, which each network names otherwise."""
+
     def __init__(self, planes: int, width: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv1 = _conv3(planes, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = _conv3(width, width)
+
+    def _added(self, maps: Tensor, shortcut: nn.Module | None) -> Tensor:
+        active = torch.relu(self.bn1(maps))
+        around = maps if shortcut is None else shortcut(active)
+        return around + self.conv2(torch.relu(self.bn2(self.conv1(active))))
+
+
+class _WideBlock(_Preactivated):
+    def __init__(self, planes: int, width: int, stride: int) -> None:
+        super().__init__(planes, width, stride)
         self.convShortcut = None if planes == width else nn.Conv2d(planes, width, 1, stride, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        active = torch.relu(self.bn1(maps))
-        around = maps if self.convShortcut is None else self.convShortcut(active)
-        return around + self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        return self._added(maps, self.convShortcut)
 
 
 class ResNet18(nn.Module):
@@ -228,19 +238,13 @@ class _Padded(nn.Module):
         return nn.functional.pad(fewer, (0, 0, 0, 0, front, self.added - front))
 
 
-class _PreActBlock(nn.Module):
+class _PreActBlock(_Preactivated):
     def __init__(self, planes: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv1 = _conv3(planes, width, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3(width, width)
+        super().__init__(planes, width, stride)
         self.shortcut = None if planes == width else nn.Sequential(nn.Conv2d(planes, width, 1, stride, bias=False))
 
     def forward(self, maps: Tensor) -> Tensor:
-        active = torch.relu(self.bn1(maps))
-        around = maps if self.shortcut is None else self.shortcut(active)
-        return around + self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        return self._added(maps, self.shortcut)
 
 
 class VGG16(nn.Sequential):
