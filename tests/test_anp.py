@@ -7,7 +7,7 @@ import torch
 from tiny import NETS, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 
-from untrojan.data import crop_flip
+from untrojan.augmentation import crop_flip
 from untrojan.defenses.anp import ANP
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask

@@ -8,7 +8,8 @@ import torch
 from tiny import NETS, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 
-from untrojan.data import CleanSet, crop_flip
+from untrojan.augmentation import crop_flip
+from untrojan.data import CleanSet
 from untrojan.defenses.awm import AWM
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask

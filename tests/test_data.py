@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from untrojan.data import CleanSet, crop, crop_flip
+from untrojan.augmentation import crop, crop_flip
+from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, UnsafeFileError
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -7,7 +7,7 @@ import torch
 from tiny import CLASSES, UNLIKE, backdoored, build, make_clean
 from torch import nn
 
-from untrojan.data import crop_flip
+from untrojan.augmentation import crop_flip
 from untrojan.defenses.nad import NAD
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target

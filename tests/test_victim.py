@@ -244,6 +244,24 @@ class TestTrain:
         sure = [net(images.floats()).softmax(1).max(1).values.mean() for net in (trained, plain)]
         assert sure[0] < sure[1], "smoothing keeps it from being sure"
 
+    @pytest.mark.parametrize("native", [True, False])
+    def test_it_rounds_to_bfloat16_only_where_that_is_asked_for_and_native(self, monkeypatch, native):
+        monkeypatch.setattr("untrojan.lab.victim.multiplies_bfloat16", lambda _: native)
+        seen = []
+        net = linear()
+        net.register_forward_hook(lambda *told: seen.append(told[2].dtype))
+        for asked in (True, False):
+            train(net, two_kinds(), 1, seed=0, bf16=asked)
+        assert seen == [torch.bfloat16 if native else torch.float32, torch.float32]
+
+    def test_weights_of_convolutions_are_given_back_as_they_lay(self):
+        net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.LazyLinear(2))
+        images = CleanSet(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+        net(images.floats())
+        trained = train(net, images, 1, seed=0)
+        assert trained[0].weight.is_contiguous()
+        assert not torch.equal(trained[0].weight, net[0].weight)
+
     def test_the_net_given_and_the_random_state_are_left_alone(self):
         net = linear().eval()
         net[1].bias.requires_grad_(False)

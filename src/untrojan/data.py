@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,20 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from untrojan.augmentation import Augment
 from untrojan.errors import ConfigError, DataError
 from untrojan.readers import channels_first, check_alike, open_rows, pixels, stack, to_tensor
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 Numbers = Tensor | np.ndarray
 
 _ROUNDING = 1e-6
 _GRID_ROUNDING = 1e-4
 _MAX_CLASSES = 1_000_000
 _IMAGES_AT_A_TIME = 256
-_PADDING = 4
 _SMALLEST_BATCH = 8
 
 
@@ -387,52 +385,6 @@ def size_with_enough_steps(count: int, size: int) -> int:
     """
     enough = count > 3 * size
     return size_without_single(count, size if enough else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4))))
-
-
-def crop(images: Tensor, generator: torch.Generator, padding: int = _PADDING) -> Tensor:
-    """Pad each image by black pixels on every side and cut a random window of the old size.
-
-    Args:
-        images: Images (N, C, H, W).
-        generator: Draws the windows.
-        padding: How many pixels; 4 is usual for images of 32x32.
-
-    Returns:
-        New images of the same shape and type.
-
-    Example:
-        >>> crop(torch.rand(2, 3, 32, 32), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 32, 32])
-    """
-    count, channels, height, width = images.shape
-    corners = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=generator.device)
-    top, left = corners.to(images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    image = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    padded = functional.pad(images, (padding,) * 4)
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def crop_flip(images: Tensor, generator: torch.Generator, padding: int = _PADDING) -> Tensor:
-    """Cut a random window as :func:`crop` does, and mirror each image left to right with probability 1/2.
-
-    Args:
-        images: Images (N, C, H, W).
-        generator: Draws the windows, then the flips.
-        padding: As for :func:`crop`.
-
-    Returns:
-        New images of the same shape and type.
-
-    Example:
-        >>> crop_flip(torch.rand(2, 3, 32, 32), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 32, 32])
-    """
-    windows = crop(images, generator, padding)
-    mirrored = torch.rand(len(images), generator=generator, device=generator.device).to(images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], windows.flip(3), windows)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.data import CleanSet, crop_flip
+from untrojan.augmentation import crop_flip
+from untrojan.data import CleanSet
 from untrojan.defenses.tuning import AUGMENTATIONS, Tuning
 from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError

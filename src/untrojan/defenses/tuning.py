@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from untrojan.data import CleanSet, crop_flip, size_with_enough_steps
+from untrojan.augmentation import crop_flip
+from untrojan.data import CleanSet, size_with_enough_steps
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import Fit, Step, fit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from untrojan.data import crop_flip
+from untrojan.augmentation import crop_flip
 from untrojan.scanners.patches import box_masks
 
 FEW_IMAGES = 100

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from untrojan.data import Augment, CleanSet, crop, crop_flip
+from untrojan.augmentation import Augment, crop, crop_flip
+from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError
 from untrojan.lab import checkpoint
@@ -45,7 +46,7 @@ class Recipe:
         smoothing: Label smoothing in [0, 1).
         augment: What is done to each batch: "crop" cuts a random window of the padded image, "crop-flip" mirrors half
             of the images too.
-        bf16: Multiply in bfloat16, which many processors do faster.
+        bf16: Multiply in bfloat16 where the device does so natively, which is faster there.
 
     Example:
         >>> Recipe(epochs=5).lr

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
-from untrojan.data import Augment, CleanSet, size_without_single
+from untrojan.augmentation import Augment
+from untrojan.data import CleanSet, size_without_single
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import random_state, seeded, set_random_state
+from untrojan.model import multiplies_bfloat16, random_state, seeded, set_random_state
 
 State = Mapping[str, Any]
 """Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
@@ -106,8 +107,8 @@ def train(
             which BatchNorm could not take.
         weight_decay: At least 0; 5e-4 is usual, a small network on few images takes up to 1e-2.
         smoothing: Label smoothing in [0, 1).
-        augment: Changes each batch of images, for instance :func:`untrojan.data.crop_flip`.
-        bf16: Multiply in bfloat16, which many processors do faster.
+        augment: Changes each batch of images, for instance :func:`untrojan.augmentation.crop_flip`.
+        bf16: Multiply in bfloat16 where the device does so natively, which is faster there.
         online: What an attack does to every batch of clean images, and trains meanwhile.
         after_epoch: Called after each epoch with the network as it is and with all that it takes to go on from there,
             tensors that later steps write to among it; what it returns is shown with the progress.
@@ -132,7 +133,7 @@ def train(
         True
     """
     device = device_of(net)
-    trained, images = copy.deepcopy(net).train(), images.to(device)
+    trained, images = _laid_out(copy.deepcopy(net).train(), torch.channels_last), images.to(device)
     generator = torch.Generator(device).manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
@@ -147,9 +148,11 @@ def train(
             yield augment(batch, generator) if augment else batch, labels
             done += 1
 
+    rounding = bf16 and multiplies_bfloat16(device.type)
+
     def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=bf16):
-            out = trained(batch).float()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounding):
+            out = trained(batch.contiguous(memory_format=torch.channels_last)).float()
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
     def told(standing: Standing) -> str:
@@ -181,7 +184,14 @@ def train(
         )
     if ended.diverged_at is not None:
         raise ModelError(f"training left the numbers at step {ended.diverged_at}; lower lr, now {lr}")
-    return trained.eval()
+    return _laid_out(trained.eval(), torch.contiguous_format)
+
+
+def _laid_out(net: nn.Module, layout: torch.memory_format) -> nn.Module:
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return net
 
 
 def _standing(state: State) -> Standing:
