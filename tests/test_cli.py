@@ -47,6 +47,7 @@ SCANS_QUICKLY = (
     "import os, signal, sys, untrojan.cli, untrojan.writing as writing, untrojan.defenses.defense as defense\n"
     "from untrojan.scanners.unlearning import UnlearningScanner\n"
     "defense.TriggerScanner = UnlearningScanner\n"
+    "defense.Defense._checks = lambda *_: []\n"
 )
 ENDLESS = ("--method=rnp", "--unlearn-epochs", "1000000", "--floor", "1e-9")
 NET = "digits-cnn"
@@ -445,6 +446,7 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
     assert holdings(tmp_path) == {old: b"old"}
 
 
+@pytest.mark.usefixtures("short_searches")
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
     strike = "writing._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     killed = f"{SCANS_QUICKLY}{strike}\nuntrojan.cli.run(sys.argv[1:])"
@@ -456,8 +458,9 @@ def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
-def on_a_terminal(arguments, act, program=(COMMAND,)):
+def on_a_terminal(arguments, act):
     """Run with a terminal of 80 columns on stderr; `act` is called once with the process when a bar is there."""
+    program = sys.executable, "-c", f"{SCANS_QUICKLY}untrojan.cli.main()"
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=theirs, env=environment)
@@ -491,8 +494,7 @@ def test_stopped_run_ends_cleanly(command, tmp_path, stop):
 
 @pytest.mark.slow
 def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
-    program = sys.executable, "-c", f"{SCANS_QUICKLY}sys.exit(untrojan.cli.run(sys.argv[1:]))"
-    code, out, shown = on_a_terminal(command(*QUICK, "--json"), None, program)
+    code, out, shown = on_a_terminal(command(*QUICK, "--json"), None)
     assert code in (0, 2)
     assert Record.model_validate_json(out)
     assert "━" in shown
