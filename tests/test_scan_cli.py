@@ -96,6 +96,7 @@ def test_exit_code_follows_the_verdict(command, talk, stub, tmp_path, verdict, c
     assert json.loads((tmp_path / "out" / SARIF).read_text())["runs"][0]["properties"]["verdict"] == verdict
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.parametrize("method", SCANNERS)
 def test_record_tells_all_about_the_scan(command, talk, tmp_path, method):
     arguments = command("--method", method, *QUICK[method], "--seed", "3", "--samples-per-class", "2", "--quiet")
