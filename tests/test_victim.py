@@ -246,13 +246,28 @@ class TestTrain:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_it_rounds_to_bfloat16_only_where_that_is_asked_for_and_native(self, monkeypatch, native):
-        monkeypatch.setattr("untrojan.lab.victim.multiplies_bfloat16", lambda _: native)
+        monkeypatch.setattr("untrojan.model.multiplies_bfloat16", lambda _: native)
         seen = []
         net = linear()
-        net.register_forward_hook(lambda *told: seen.append(told[2].dtype))
+        net.register_forward_hook(lambda module, _, out: seen.append(out.dtype) if module.training else None)
         for asked in (True, False):
             train(net, two_kinds(), 1, seed=0, bf16=asked)
         assert seen == [torch.bfloat16 if native else torch.float32, torch.float32]
+
+    def test_a_net_that_views_the_output_of_a_convolution_in_another_shape_trains_too(self):
+        class Viewing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.head = nn.Conv2d(2, 3, 2), nn.Linear(27, 2)
+
+            def forward(self, images):
+                return self.head(self.conv(images).view(-1, 27))
+
+        net = Viewing()
+        images = CleanSet(torch.rand(8, 2, 4, 4), torch.arange(8) % 2)
+        for bf16 in (False, True):
+            trained = train(net, images, 1, seed=0, bf16=bf16)
+            assert not torch.equal(trained.conv.weight, net.conv.weight)
 
     def test_weights_of_convolutions_are_given_back_as_they_lay(self):
         net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.LazyLinear(2))

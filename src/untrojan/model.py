@@ -211,7 +211,7 @@ def correct(model: nn.Module, clean: CleanSet) -> Tensor:
     return logits(model, clean).argmax(1) == clean.labels
 
 
-def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
+def faster(model: nn.Module, clean: CleanSet, rounding: bool = True) -> nn.Module:
     """Give the same network, sharing its weights, for searches and training that bear rounding to eight bits.
 
     It runs with the channels last and, where processor or GPU multiplies bfloat16 natively, in that type, which takes
@@ -222,6 +222,7 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
         model: The network.
         clean: Two of these images show whether it can run so; one that cannot, for instance because it views the
             output of a convolution in another shape, is given back as it is.
+        rounding: Whether bfloat16 will do; if not, only the channels come last.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -232,7 +233,7 @@ def faster(model: nn.Module, clean: CleanSet) -> nn.Module:
     device = device_of(model).type
     if isinstance(model, _Faster) or device not in ("cpu", "cuda"):
         return model
-    quick = _Faster(model, rounding=multiplies_bfloat16(device))
+    quick = _Faster(model, rounding and multiplies_bfloat16(device))
     few = clean.take(range(min(2, len(clean)))).floats()
     with mode(model, training=False):
         try:

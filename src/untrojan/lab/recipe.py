@@ -46,7 +46,7 @@ class Recipe:
         smoothing: Label smoothing in [0, 1).
         augment: What is done to each batch: "crop" cuts a random window of the padded image, "crop-flip" mirrors half
             of the images too.
-        bf16: Multiply in bfloat16 where the device does so natively, which is faster there.
+        bf16: Multiply in bfloat16 where the device does so natively, which is faster there, and the network can.
 
     Example:
         >>> Recipe(epochs=5).lr

@@ -19,7 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import multiplies_bfloat16, random_state, seeded, set_random_state
+from untrojan.model import faster, random_state, seeded, set_random_state
 
 State = Mapping[str, Any]
 """Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
@@ -108,7 +108,7 @@ def train(
         weight_decay: At least 0; 5e-4 is usual, a small network on few images takes up to 1e-2.
         smoothing: Label smoothing in [0, 1).
         augment: Changes each batch of images, for instance :func:`untrojan.augmentation.crop_flip`.
-        bf16: Multiply in bfloat16 where the device does so natively, which is faster there.
+        bf16: Multiply in bfloat16 where the device does so natively, which is faster there, and the network can.
         online: What an attack does to every batch of clean images, and trains meanwhile.
         after_epoch: Called after each epoch with the network as it is and with all that it takes to go on from there,
             tensors that later steps write to among it; what it returns is shown with the progress.
@@ -133,7 +133,9 @@ def train(
         True
     """
     device = device_of(net)
-    trained, images = _laid_out(copy.deepcopy(net).train(), torch.channels_last), images.to(device)
+    trained, images = copy.deepcopy(net).train(), images.to(device)
+    with running_on(device), seeded(seed):
+        quick = _with_channels_last(trained, images, bf16)
     generator = torch.Generator(device).manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
@@ -148,11 +150,8 @@ def train(
             yield augment(batch, generator) if augment else batch, labels
             done += 1
 
-    rounding = bf16 and multiplies_bfloat16(device.type)
-
     def step(batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounding):
-            out = trained(batch.contiguous(memory_format=torch.channels_last)).float()
+        out = quick(batch)
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
     def told(standing: Standing) -> str:
@@ -184,14 +183,22 @@ def train(
         )
     if ended.diverged_at is not None:
         raise ModelError(f"training left the numbers at step {ended.diverged_at}; lower lr, now {lr}")
-    return _laid_out(trained.eval(), torch.contiguous_format)
+    _lay_out(trained, torch.contiguous_format)
+    return trained.eval()
 
 
-def _laid_out(net: nn.Module, layout: torch.memory_format) -> nn.Module:
+def _with_channels_last(net: nn.Module, images: CleanSet, bf16: bool) -> nn.Module:
+    """Give a network that shares these weights and trains faster, or, where it cannot, the network as it is."""
+    quick = faster(net, images, rounding=bf16)
+    if quick is not net:
+        _lay_out(net, torch.channels_last)
+    return quick
+
+
+def _lay_out(net: nn.Module, layout: torch.memory_format) -> None:
     for parameter in net.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
-    return net
 
 
 def _standing(state: State) -> Standing:
