@@ -251,9 +251,10 @@ def page() -> str:
         "Made by `python benchmarks/methods.py` from the records in `benchmarks/records/methods`: default settings, "
         "the same for every checkpoint, nothing known of the attack. Percent, ACC / ASR / RA; mean ± standard "
         "deviation and the number of seeds in brackets where there is more than one, else seed 0; an empty cell was "
-        "not run. Seconds: median of the repair with its checks, without the scan, on one thread of a CPU, two cells "
-        "at a time, or on an H200 that up to 17 processes shared; memory: the largest of the process, or of the GPU. "
-        "Test images: the first 1,500.",
+        "not run. Seconds: median of the repair with its checks, without the scan, on one thread of a CPU, which "
+        "multiplies bfloat16 natively or, at twice the time or more, does not, beside one or two other cells, or on an "
+        "H200 that up to 17 processes shared; memory: the largest of the process, or of the GPU. Test images: the "
+        "first 1,500.",
         "",
         "Where some of the images are poisoned, they carry the trigger and have the target as label; only `auto` ran "
         "there.",
