@@ -48,6 +48,7 @@ SCANS_QUICKLY = (
     "from untrojan.scanners.unlearning import UnlearningScanner\n"
     "defense.TriggerScanner = UnlearningScanner\n"
     "defense.Defense._checks = lambda *_: []\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
 )
 ENDLESS = ("--method=rnp", "--unlearn-epochs", "1000000", "--floor", "1e-9")
 NET = "digits-cnn"
