@@ -1,4 +1,4 @@
-"""How much less time a pass takes with `model.faster` and `model.folded`, as ratios measured in one run.
+"""How much less time a pass takes with `model.faster`, `folded` and `lay_out`, as ratios measured in one run.
 
 What a network runs in depends on the processor, so there is a record for each: bfloat16 where that is multiplied
 natively, float32 elsewhere.
@@ -6,16 +6,18 @@ natively, float32 elsewhere.
     python benchmarks/faster.py      # on an otherwise idle machine; writes benchmarks/records/faster and faster.md
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from cases import CASES, SHARED
 from cost import KINDS, bare
 
 import untrojan
-from untrojan.model import faster, folded, multiplies_bfloat16
+from untrojan.model import faster, folded, lay_out, multiplies_bfloat16
 from untrojan.run import environment
 from untrojan.writing import write_atomic
 
@@ -32,7 +34,14 @@ def measure(case: str) -> dict[str, dict[str, float]]:
     known = CASES[case]
     model = untrojan.load(SHARED / "checkpoints" / known.file, known.net).eval()
     clean = untrojan.CleanSet.load(SHARED / "data" / known.train, samples=BATCH, seed=0)
-    versions = {"as it is": model, "faster": faster(model, clean), "folded": folded(model, clean)}
+    laid_out = copy.deepcopy(model)
+    lay_out(laid_out, torch.channels_last)
+    versions = {
+        "as it is": model,
+        "laid out": laid_out,
+        "faster": faster(model, clean),
+        "folded": folded(model, clean),
+    }
     spent: dict[str, dict[str, float]] = {name: {} for name in versions}
     for _ in range(TURNS):
         for name, net in versions.items():
@@ -48,16 +57,16 @@ def page(records: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         f"Made by `python benchmarks/faster.py`: {BATCH} images of 32x32, the shortest of {TURNS} passes in turns. "
-        "Times are shares of what the same pass takes in the network as it is, in the same run. A folded network is "
-        "for searches, which leave the weights alone."
+        "Times are shares of what the same pass takes in the network as it is, in the same run. Methods get a network "
+        "that is laid out; a folded one is for searches, which leave the weights alone."
     )
     for precision, record in records.items():
         yield f"\n## In {precision}, {record['environment']['threads']} threads\n"
-        yield "| network | pass | as it is | faster | folded |"
-        yield "|---|---|---|---|---|"
+        yield "| network | pass | as it is | laid out | faster | folded |"
+        yield "|---|---|---|---|---|---|"
         for net, times in record["seconds"].items():
             for kind, plain in times["as it is"].items():
-                others = [times[name].get(kind) for name in ("faster", "folded")]
+                others = [times[name].get(kind) for name in ("laid out", "faster", "folded")]
                 shown = ["" if each is None else f"{each / plain:.2f}" for each in others]
                 yield f"| {net} | {KINDS[kind]} | {plain:.2f} s | {' | '.join(shown)} |"
 

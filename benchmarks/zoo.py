@@ -1,4 +1,4 @@
-"""The zoo of `zoo.toml`, `zoo-photographs.toml` and `zoo-cifar10.toml`: its images, and the page about what came of it.
+"""The zoo of `zoo.toml` and the three files beside it: its images, and the page about what came of it.
 
 Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/records/zoo`.
 
@@ -31,7 +31,7 @@ from untrojan.lab.zoo import CLEAN, MANIFEST, Manifest, Member, Zoo, manifest
 from untrojan.registry import describe, discover
 from untrojan.writing import RECORD, write_atomic
 
-ZOOS = [Path("benchmarks/zoo.toml"), Path("benchmarks/zoo-photographs.toml"), Path("benchmarks/zoo-cifar10.toml")]
+ZOOS = [Path(f"benchmarks/{name}.toml") for name in ("zoo", "zoo-photographs", "zoo-cifar10", "zoo-gtsrb")]
 IMAGES = Path("runs/zoo-images")
 ROOT = Path("runs/zoo")
 RECORDS = Path("benchmarks/records/zoo")
@@ -41,7 +41,7 @@ CELLS = Path("runs/zoo-cells")
 COST = 0.03
 FREQUENT = [1, 2, 4, 5, 7, 10, 12, 13, 25, 38]  # signs of which there are most training images
 SIGNS = {"train": 400, "test": 100}  # images of each
-JUDGED = 2000  # test images of CIFAR-10
+JUDGED = 2000  # test images of CIFAR-10 and GTSRB
 CLEANS = 500
 
 
@@ -53,10 +53,12 @@ def write_images() -> None:
         _write_set(f"digits-32-{name}", CleanSet(larger.round().to(torch.uint8), images.labels))
     for (name, each), images in zip(SIGNS.items(), images_of("gtsrb"), strict=True):
         _write_set(f"signs-{name}", signs(images, each))
-    train, test = images_of("cifar10")
-    _write_set("cifar10-train", train)
-    _write_set("cifar10-test", CleanSet.of((test.images, test.labels), samples=JUDGED + CLEANS, seed=0))
-    for data, share in {"digits": 0.5, "digits-32": 0.5, "signs": 0.5, "cifar10": CLEANS / (JUDGED + CLEANS)}.items():
+    for name in ("cifar10", "gtsrb"):
+        train, test = images_of(name)
+        _write_set(f"{name}-train", train)
+        _write_set(f"{name}-test", CleanSet.of((test.images, test.labels), samples=JUDGED + CLEANS, seed=0))
+    few = CLEANS / (JUDGED + CLEANS)
+    for data, share in {"digits": 0.5, "digits-32": 0.5, "signs": 0.5, "cifar10": few, "gtsrb": few}.items():
         judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(share, seed=0)
         _write_set(f"{data}-clean", clean)
         _write_set(f"{data}-judge", judge)
@@ -139,9 +141,9 @@ def repaired() -> Iterator[str]:
     cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
     rows = {cell["model"]: cell for cell in cells}
     yield "\n## `auto` on these models\n"
-    yield f"Half of the test images, or {CLEANS} of CIFAR-10, were its clean images; others measured it; one seed."
-    yield "Models with a star are older than the present settings of `auto`. All but those on CIFAR-10 are older than"
-    yield "the scan which counts perturbations by what they have over other labels, and warps too: by it, sig on"
+    yield f"Half of the test images, or {CLEANS} of CIFAR-10 and GTSRB, were its clean images; others measured it; one"
+    yield "seed. Models with a star are older than the present settings of `auto`. Those on digits and ten signs are"
+    yield "from before the scan counted perturbations by what they have over other labels, and warps too: by it, sig on"
     yield "digits of 32x32, named 3 here, is inconclusive, and nothing else is named otherwise.\n"
     yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
     yield "|---|---|---|---|---|---|---|"

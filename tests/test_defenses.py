@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, UNLIKE, Counts, RaisesAt, Snapshot, build, make_clean, train
+from torch import nn
 
 import untrojan
 from untrojan.defenses.defense import Defense, Outcome
@@ -285,6 +286,44 @@ def test_nothing_stays_behind_when_writing_fails(tmp_path, monkeypatch, there, b
 
 
 # What the base does for a method
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Looks(Defense):
+    """Sees how the weights of the first convolution lie in memory, and changes them."""
+
+    name: ClassVar[str] = "looks"
+    seen: ClassVar[list[bool]] = []
+
+    def _repair(self, model, clean, diagnosis, seed):
+        weights = next(model.parameters())
+        self.seen.append(weights.is_contiguous(memory_format=torch.channels_last))
+        before = correct(model, clean)
+        weights.data.mul_(1.5)
+        return Outcome(model, before, correct(model, clean), held_out=False)
+
+
+class Views(nn.Sequential):
+    """Views the output of its convolution in another shape, which it cannot be with the channels last."""
+
+    def forward(self, images):
+        return self[1](self[0](images).view(len(images), -1))
+
+
+@pytest.mark.parametrize(
+    ("net", "last"),
+    [
+        (build("batchnorm"), True),
+        (build("groupnorm"), False),
+        (Views(nn.Conv2d(3, 2, 3), nn.Linear(72, CLASSES)), False),
+    ],
+    ids=["batchnorm", "groupnorm", "views"],
+)
+def test_a_network_is_repaired_with_the_channels_last_and_given_back_as_usual(clean, net, last):
+    repair = Looks().repair(net, clean, GIVEN)
+    assert Looks.seen.pop() is last
+    assert torch.equal(repair.model[0].weight, 1.5 * net[0].weight)
+    assert all(weights.is_contiguous() for net in (net, repair.model) for weights in net.parameters())
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import random
 
 import numpy as np
@@ -10,7 +11,19 @@ from torch import nn
 from untrojan import model as model_module
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.model import Normalize, check, correct, faster, folded, logits, mode, require, seeded
+from untrojan.model import (
+    Normalize,
+    check,
+    correct,
+    faster,
+    folded,
+    lay_out,
+    logits,
+    mode,
+    quickest_layout,
+    require,
+    seeded,
+)
 
 
 class Returns(nn.Module):
@@ -230,6 +243,31 @@ def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_las
     assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-6)
     assert [images.is_contiguous(memory_format=torch.channels_last) for images in seen] == [True, False]
     assert {images.dtype for images in seen} == {torch.float32}
+
+
+def test_gradients_are_the_same_however_a_network_is_laid_out(net):
+    # each alone, because torch's GroupNorm crashes with the channels last where it is not asked for all of its own
+    images = make_clean().floats()
+    laid = copy.deepcopy(net)
+    lay_out(laid, quickest_layout(laid, make_clean()))
+    for of in (None, *range(len(list(net.parameters())))):
+        slopes = []
+        for each in (net, laid):
+            each.requires_grad_(False)
+            shown = images.clone()
+            asked = shown if of is None else list(each.parameters())[of]
+            asked.requires_grad_()
+            slopes.append(torch.autograd.grad(each(shown).square().sum(), asked)[0])
+        assert torch.allclose(*slopes, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("float32")
+def test_networks_with_group_norm_keep_their_layout():
+    net, clean, seen = build("groupnorm"), make_clean(), []
+    quick = faster(net, clean)
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    quick(clean.floats())
+    assert seen[0].is_contiguous()
 
 
 def settled(*layers):

@@ -19,7 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import faster, random_state, seeded, set_random_state
+from untrojan.model import faster, lay_out, quickest_layout, random_state, seeded, set_random_state
 
 State = Mapping[str, Any]
 """Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
@@ -135,7 +135,8 @@ def train(
     device = device_of(net)
     trained, images = copy.deepcopy(net).train(), images.to(device)
     with running_on(device), seeded(seed):
-        quick = _with_channels_last(trained, images, bf16)
+        quick = faster(trained, images, rounding=bf16)
+        lay_out(trained, quickest_layout(trained, images))
     generator = torch.Generator(device).manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
@@ -183,22 +184,8 @@ def train(
         )
     if ended.diverged_at is not None:
         raise ModelError(f"training left the numbers at step {ended.diverged_at}; lower lr, now {lr}")
-    _lay_out(trained, torch.contiguous_format)
+    lay_out(trained, torch.contiguous_format)
     return trained.eval()
-
-
-def _with_channels_last(net: nn.Module, images: CleanSet, bf16: bool) -> nn.Module:
-    """Give a network that shares these weights and trains faster, or, where it cannot, the network as it is."""
-    quick = faster(net, images, rounding=bf16)
-    if quick is not net:
-        _lay_out(net, torch.channels_last)
-    return quick
-
-
-def _lay_out(net: nn.Module, layout: torch.memory_format) -> None:
-    for parameter in net.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _standing(state: State) -> Standing:
