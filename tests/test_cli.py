@@ -27,7 +27,7 @@ import untrojan.cli.options
 import untrojan.cli.repair
 import untrojan.defenses.defense
 import untrojan.progress
-from untrojan.cli import run
+from untrojan.cli import VERBS, run
 from untrojan.defenses.defense import CHANGES, RECORD, REPAIRED, REPORT, Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
@@ -856,13 +856,20 @@ def test_help_lists_every_option_of_the_method_with_its_default(talk, method):
         assert squashed(field.help.replace("`", "")) in squashed(option)
 
 
-@pytest.mark.parametrize("verb", ["repair", "evaluate", "restore", "methods"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(talk, verb):
     for option in ("--help", "-h"):
         code, out, err = talk([verb, option])
         assert (code, err) == (0, "")
         assert out.startswith(f"Usage: untrojan {verb}")
-    assert verb in talk(["--help"])[1]
+    assert f"  {verb} " in talk(["--help"])[1]
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_the_program_says_of_itself_does_not_wait_for_torch(option):
+    code = f"import sys; from untrojan.cli import run; print(run(['{option}']), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("0 False\n")
 
 
 def test_version(talk):

@@ -21,14 +21,30 @@ from untrojan.errors import ConfigError, UntrojanError, UntrojanWarning
 FAILED, UNSUPPORTED, USAGE, INTERRUPTED = 2, 3, 4, 130
 
 
+VERBS = {
+    "scan": "Say whether a model carries a backdoor, and show the evidence.",
+    "screen": "Rank the samples that a model was trained on by suspicion.",
+    "repair": "Remove the backdoor of a model, and verify the result.",
+    "evaluate": "Measure accuracy, and the success of an attack that is known.",
+    "restore": "Undo a repair, bit for bit.",
+    "methods": "List the methods of repair.",
+    "lab": "Plant backdoors, to measure defenses on them.",
+    "bench": "Measure and compare defenses on models whose attack is known.",
+}
+
+
 class _Verbs(click.Group):
-    """Verbs by name, each imported when it is called."""
+    """Verbs by name, each imported when it is called, for torch takes seconds to import."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["scan", "screen", "repair", "evaluate", "restore", "methods", "lab", "bench"]
+        return list(VERBS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in VERBS:
             return None
         verb = getattr(importlib.import_module(f"untrojan.cli.{cmd_name}"), cmd_name)
         importlib.import_module("torch").set_flush_denormal(True)  # before it starts threads, which take this over
