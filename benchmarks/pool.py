@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import untrojan
+from untrojan.lab.processes import end_with_parent
 
 
 def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, threads: int = 1) -> None:
@@ -21,6 +22,7 @@ def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, th
 
 
 def _begin(threads: int) -> None:
+    end_with_parent()
     torch.set_flush_denormal(True)  # as the command line does
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)

@@ -92,7 +92,7 @@ def _serve(connection: Connection, work: Callable[[Job], Answer]) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process; the parent ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.dup2(2, 1)  # results of the command go to stdout, and nothing that a network prints
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -101,7 +101,12 @@ def _serve(connection: Connection, work: Callable[[Job], Answer]) -> None:
             connection.send(work(connection.recv()))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """From now on, end this process as soon as the one that started it has ended, however that ends."""
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
