@@ -1,7 +1,6 @@
 """Clean images: everything that a defender has, and the only data a scan or a repair ever sees."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ _ROUNDING = 1e-6
 _GRID_ROUNDING = 1e-4
 _MAX_CLASSES = 1_000_000
 _IMAGES_AT_A_TIME = 256
-_SMALLEST_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -354,37 +352,6 @@ class CleanSet:
         fold = np.empty(len(self), dtype=np.int64)
         fold[_by_class(self.labels, np.random.default_rng(seed))] = np.arange(len(self)) % count
         return [(self.take(fold != number), self.take(fold == number)) for number in range(count)]
-
-
-def size_without_single(count: int, size: int) -> int:
-    """Give the smallest batch size from `size` that leaves no batch of a single image, which BatchNorm could not take.
-
-    Args:
-        count: Number of images.
-        size: Images per batch that are wanted, at least 1.
-
-    Example:
-        >>> size_without_single(9, 4), size_without_single(10, 4)
-        (5, 4)
-    """
-    return next((each for each in range(size, count + 1) if count % each != 1), size)
-
-
-def size_with_enough_steps(count: int, size: int) -> int:
-    """Give the batch size, `size` at most, that makes at least four steps of `count` images and no single image.
-
-    Batches hold at least eight images where there are so many, so few images can mean fewer steps.
-
-    Args:
-        count: Number of images.
-        size: Images per batch that are wanted, at least 1.
-
-    Example:
-        >>> size_with_enough_steps(500, 128), size_with_enough_steps(100, 128), size_with_enough_steps(10, 128)
-        (128, 25, 8)
-    """
-    enough = count > 3 * size
-    return size_without_single(count, size if enough else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4))))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one optimization loop. Unlearning, recovering a mask, fine-tuning and training are calls of it."""
+"""The one optimization loop, and how large its batches are. Unlearning, fine-tuning and training are calls of it."""
 
 import math
 import warnings
@@ -14,6 +14,7 @@ from untrojan.errors import UnreliableWarning
 from untrojan.progress import stage
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_SMALLEST_BATCH = 8
 
 
 class Epoch(NamedTuple):
@@ -150,6 +151,37 @@ def fit(
             if stop is not None and stop(history[-1]):
                 return Fit(history, stopped=True, diverged_at=None)
     return Fit(history, stopped=False, diverged_at=None)
+
+
+def size_without_single(count: int, size: int) -> int:
+    """Give the smallest batch size from `size` that leaves no batch of a single image, which BatchNorm could not take.
+
+    Args:
+        count: Number of images.
+        size: Images per batch that are wanted, at least 1.
+
+    Example:
+        >>> size_without_single(9, 4), size_without_single(10, 4)
+        (5, 4)
+    """
+    return next((each for each in range(size, count + 1) if count % each != 1), size)
+
+
+def size_with_enough_steps(count: int, size: int) -> int:
+    """Give the batch size, `size` at most, that makes at least four steps of `count` images and no single image.
+
+    Batches hold at least eight images where there are so many, so few images can mean fewer steps.
+
+    Args:
+        count: Number of images.
+        size: Images per batch that are wanted, at least 1.
+
+    Example:
+        >>> size_with_enough_steps(500, 128), size_with_enough_steps(100, 128), size_with_enough_steps(10, 128)
+        (128, 25, 8)
+    """
+    enough = count > 3 * size
+    return size_without_single(count, size if enough else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4))))
 
 
 class _Rate:

@@ -14,10 +14,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from untrojan.augmentation import crop_flip
-from untrojan.data import CleanSet, size_with_enough_steps
+from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import Fit, Step, fit
+from untrojan.fit import Fit, Step, fit, size_with_enough_steps
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis

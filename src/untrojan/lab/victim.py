@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
 from untrojan.augmentation import Augment
-from untrojan.data import CleanSet, size_without_single
+from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError
-from untrojan.fit import Epoch, Standing, fit
+from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
 from untrojan.model import faster, lay_out, quickest_layout, random_state, seeded, set_random_state

@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.data import CleanSet, size_with_enough_steps
+from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.fit import fit
+from untrojan.fit import fit, size_with_enough_steps
 from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict

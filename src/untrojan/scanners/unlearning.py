@@ -14,10 +14,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.augmentation import crop_flip
-from untrojan.data import CleanSet, size_with_enough_steps
+from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import fit
+from untrojan.fit import fit, size_with_enough_steps
 from untrojan.model import faster
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scanners.scanner import Scanner
