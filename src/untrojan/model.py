@@ -214,9 +214,9 @@ def correct(model: nn.Module, clean: CleanSet) -> Tensor:
 def faster(model: nn.Module, clean: CleanSet, rounding: bool = True) -> nn.Module:
     """Give the same network, sharing its weights, for searches and training that bear rounding to eight bits.
 
-    It runs with the channels last and, where processor or GPU multiplies bfloat16 natively, in that type, which takes
-    half the time or less; elsewhere the time saved is less (`benchmarks/faster.md`). What is measured in the end is
-    measured on the network itself.
+    It runs with the channels last, unless there is a GroupNorm, and, where processor or GPU multiplies bfloat16
+    natively, in that type, which takes half the time or less; elsewhere the time saved is less
+    (`benchmarks/faster.md`). What is measured in the end is measured on the network itself.
 
     Args:
         model: The network.
