@@ -245,19 +245,14 @@ def faster(model: nn.Module, clean: CleanSet, rounding: bool = True) -> nn.Modul
     return quick if alike else model
 
 
-def quickest_layout(model: nn.Module, clean: CleanSet) -> torch.memory_format:
-    """Tell how the weights of convolutions best lie in memory: with the channels last, where the network can run so.
-
-    Args:
-        model: The network.
-        clean: Two of these images show whether it can.
+def layout_of(quick: nn.Module) -> torch.memory_format:
+    """Tell how the weights of a network best lie in memory, by what :func:`faster` gave for it.
 
     Example:
         >>> clean = CleanSet(torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1]))
-        >>> quickest_layout(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2)), clean)
+        >>> layout_of(faster(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2)), clean))
         torch.channels_last
     """
-    quick = faster(model, clean, rounding=False)
     return quick.layout if isinstance(quick, _Faster) else torch.contiguous_format
 
 
@@ -269,7 +264,7 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 
     Args:
         model: The network; no value of it changes.
-        layout: Of :func:`quickest_layout`, or `torch.contiguous_format` to go back.
+        layout: From :func:`layout_of`, or `torch.contiguous_format` to go back.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 2))

@@ -26,7 +26,7 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import correct, lay_out, logits, quickest_layout, require, seeded
+from untrojan.model import correct, faster, lay_out, layout_of, logits, require, seeded
 from untrojan.progress import timing
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
@@ -255,7 +255,7 @@ def _to_repair(model: nn.Module, clean: CleanSet) -> nn.Module:
     """A copy that may be changed, on a CPU with its weights laid out so that it takes less time."""
     copied = copy.deepcopy(model)
     if len(clean) and device_of(model).type == "cpu":
-        lay_out(copied, quickest_layout(copy.deepcopy(model), clean))
+        lay_out(copied, layout_of(faster(copy.deepcopy(model), clean, rounding=False)))
     return copied
 
 

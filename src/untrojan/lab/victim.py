@@ -19,7 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import faster, lay_out, quickest_layout, random_state, seeded, set_random_state
+from untrojan.model import faster, lay_out, layout_of, random_state, seeded, set_random_state
 
 State = Mapping[str, Any]
 """Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""
@@ -136,7 +136,7 @@ def train(
     trained, images = copy.deepcopy(net).train(), images.to(device)
     with running_on(device), seeded(seed):
         quick = faster(trained, images, rounding=bf16)
-        lay_out(trained, quickest_layout(trained, images))
+        lay_out(trained, layout_of(quick))
     generator = torch.Generator(device).manual_seed(seed)
     size = size_without_single(len(images), batch_size)
 
