@@ -16,6 +16,7 @@ from untrojan.defenses.auto import (
 )
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct, logits
+from untrojan.progress import Lines, reporting
 from untrojan.record import Comparison, Diagnosis, Rate, Target, Trigger
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import Perturbation
@@ -107,6 +108,22 @@ def test_running_statistics_stay():
     before, after = dict(net.named_buffers()), dict(repaired.named_buffers())
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert any(not torch.equal(one, other) for one, other in zip(net.parameters(), repaired.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_rounds_and_updates_are_told_as_they_go(capsys):
+    net, clean = build("batchnorm"), make_clean()
+    with reporting(Lines(every=0, quick=0)):
+        Auto(rounds=2, steps=20, search_steps=2).tune(net, clean, clean, GIVEN, seed=0)
+    told = [line.partition(", ")[0].partition(" in ")[0] for line in capsys.readouterr().err.splitlines()]
+    of_interest = [line for line in told if line.startswith(("auto", "unlearn triggers round 2/2"))]
+    assert of_interest == [
+        "auto: 1 of 2",
+        "unlearn triggers round 2/2: 1 of 3",
+        "unlearn triggers round 2/2: 2 of 3",
+        "unlearn triggers round 2/2: done",
+        "auto: done",
+    ]
 
 
 @pytest.mark.parametrize("case", ["no suspect", "no other class"])

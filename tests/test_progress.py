@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from untrojan.progress import Bars, Lines, reporting, stage, timing, whole
+from untrojan.progress import Bars, Lines, overall, reporting, stage, timing, whole
 
 
 @pytest.fixture
@@ -61,6 +61,20 @@ def test_a_whole_hides_what_is_inside(clock, capsys):
     assert "inner" not in told
 
 
+def test_an_overall_shows_how_far_it_is_and_leaves_timing_to_its_parts(clock, capsys):
+    with reporting(Lines(every=0, quick=0)), timing() as seconds, overall("outer", total=3) as advance:
+        for _ in range(3):
+            work(clock, "inner", 2, each=5)
+            advance()
+    assert seconds == {"inner": 30}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("outer")]
+    assert told == [
+        "outer: 1 of 3, 10 s each, about 20 s left",
+        "outer: 2 of 3, 10 s each, about 10 s left",
+        "outer: done in 30 s",
+    ]
+
+
 def test_nested_timing_counts_in_both(clock):
     with timing() as outer:
         work(clock, "a", 1)
@@ -71,10 +85,11 @@ def test_nested_timing_counts_in_both(clock):
     assert outer == {"a": 3, "b": 3}
 
 
-def broken(clock):
-    with stage("unlearn", total=9) as advance:
-        clock.tick(4)
+def broken(clock, total=9, each=4, later=0):
+    with stage("unlearn", total=total) as advance:
+        clock.tick(each)
         advance()
+        clock.tick(later)
         raise KeyError("midway")
 
 
@@ -139,7 +154,7 @@ def test_bars_show_what_a_step_came_to(capsys, clock):
     assert "ACC 91.0%, [red]" in capsys.readouterr().err
 
 
-def test_bars_draw_on_stderr(capsys, clock):
+def test_bars_leave_the_outermost_on_stderr(capsys, clock):
     with reporting(Bars(quick=0)):
         for _ in range(2):
             with stage("outer", total=2) as advance:
@@ -147,8 +162,20 @@ def test_bars_draw_on_stderr(capsys, clock):
                 advance()
     out, err = capsys.readouterr()
     assert out == ""
-    assert "outer" in err
-    assert "3/3" in err
+    assert err.count("outer") == err.count("1/1") == 2
+    assert "inner" not in err
+
+
+def test_bars_count_down_what_is_left_also_where_a_step_takes_minutes(capsys, clock):
+    with pytest.raises(KeyError), reporting(Bars()):
+        broken(clock, total=3, each=97, later=7)
+    assert "1/3 1 min 37 s each 3 min 07 s left" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bars_tell_in_the_end_how_long_it_took(capsys, clock):
+    with reporting(Bars()):
+        work(clock, "train", 3, each=50)
+    assert "50 s each 2 min 30 s" in " ".join(capsys.readouterr().err.split())
 
 
 def test_reporting_nests_and_ends(clock):

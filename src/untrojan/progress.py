@@ -83,10 +83,10 @@ class Lines:
 
 
 class Bars:
-    """Draws one bar per stage on a terminal, with pace and time left; bars of quick stages vanish when they end.
+    """Draws one bar per stage on a terminal, with pace and time left.
 
     Args:
-        quick: Stages that take less than these seconds leave nothing behind.
+        quick: Stages that take less than these seconds leave nothing behind, nor do those that are parts of another.
     """
 
     def __init__(self, quick: float = QUICK) -> None:
@@ -100,31 +100,47 @@ class Bars:
         live = self._live = self._live or _bars()
         start = time.monotonic()
         done = 0
-        bar = live.add_task(name, total=total, pace="", note="")
+        bar = live.add_task(name, total=total, pace="", note="", ends=None, took=None)
 
         def advance(note: str = "") -> None:
             nonlocal done
             done += 1
-            live.update(bar, completed=done, pace=_pace(done, time.monotonic() - start), note=note)
+            spent = time.monotonic() - start
+            live.update(bar, completed=done, pace=_pace(done, spent), note=note, ends=start + spent * total / done)
 
         try:
             if outermost:
                 live.start()
             yield advance
-            live.update(bar, total=done or total, completed=done or total)
+            live.update(bar, total=done or total, completed=done or total, took=time.monotonic() - start)
         finally:
-            quick = time.monotonic() - start < self.quick
             if outermost:
                 self._live = None
-                live.live.transient = quick
+                live.live.transient = time.monotonic() - start < self.quick
                 live.stop()
-            elif quick:
+            else:
                 live.remove_task(bar)
 
 
 def _bars() -> "Progress":
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        """Time left by the pace of all steps so far, counted down until the next; in the end, the time that it took.
+
+        Rich's own looks back half a minute, and tells nothing of steps that take longer.
+        """
+
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            took, ends = task.fields["took"], task.fields["ends"]
+            if took is not None:
+                return Text(span(took), style="progress.elapsed")
+            left = "" if ends is None else f"{span(max(0.0, ends - time.monotonic()))} left"
+            return Text(left, style="progress.remaining")
 
     return Progress(
         TextColumn("{task.description:<27}", markup=False),
@@ -132,7 +148,7 @@ def _bars() -> "Progress":
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[pace]:>10}"),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        Left(),
         console=Console(stderr=True),
     )
 
@@ -210,6 +226,21 @@ def stage(name: str, total: int, detail: str = "") -> Iterator[Advance]:
             yield advance
     finally:
         _add(name, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def overall(name: str, total: int) -> Iterator[Advance]:
+    """Show how far a piece of work is whose parts are stages of their own; these alone are timed.
+
+    Example:
+        >>> with timing() as seconds, overall("count", total=1) as advance:
+        ...     with stage("count to ten", total=10):
+        ...         advance()
+        >>> list(seconds)
+        ['count to ten']
+    """
+    with _reporter.get().stage(name, total) as advance:
+        yield advance
 
 
 @contextlib.contextmanager

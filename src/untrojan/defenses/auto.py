@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.model import faster, folded
-from untrojan.progress import stage
+from untrojan.progress import overall, stage
 from untrojan.record import Comparison, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
@@ -46,6 +46,7 @@ ALWAYS = 4
 DRAWN = 2
 JUDGED = 64
 FAINTEST = 0.7
+TOLD_EVERY = 8
 TINY = 1e-9
 
 
@@ -144,12 +145,14 @@ class Auto(Tuning):
             if aim.label is not None:
                 reached = [each for each in diagnosis.comparisons if each.label == aim.label]
                 triggers[-1].weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
-        for number in range(1, self.rounds + 1):
-            detail = f"round {number}/{self.rounds}"
-            searched = folded(student, clean)
-            for each in triggers:
-                each.look(searched, clean, self.search_steps, detail)
-            self._unlearn(student, teacher, average, clean, triggers, 1 - number / self.rounds, detail)
+        with overall(self.name, total=self.rounds) as advance:
+            for number in range(1, self.rounds + 1):
+                detail = f"round {number}/{self.rounds}"
+                searched = folded(student, clean)
+                for each in triggers:
+                    each.look(searched, clean, self.search_steps, detail)
+                self._unlearn(student, teacher, average, clean, triggers, 1 - number / self.rounds, detail)
+                advance()
         return average.module
 
     def _unlearn(
@@ -183,8 +186,9 @@ class Auto(Tuning):
 
         augment = shifted if self.augment == "crop-flip" else None
 
+        steps = self.steps * len(triggers)
+
         def views() -> Iterator[tuple[Tensor, Tensor]]:
-            steps = self.steps * len(triggers)
             for images, labels in clean.draws(2 * self.batch_size, steps, generator, augment):
                 if len(clean) < FEW_IMAGES:
                     plain, carriers = images.chunk(2)
@@ -192,12 +196,13 @@ class Auto(Tuning):
                     images = torch.cat([plain, carriers if spread else varied(carriers, generator)])
                 yield images if spread else mixed(images, generator), labels
 
+        of_this_round = views()
         fit(
             list(student.parameters()),
             step,
-            views,
+            lambda: islice(of_this_round, TOLD_EVERY),
             partial(torch.optim.SGD, lr=lr, momentum=0.9),
-            epochs=1,
+            epochs=math.ceil(steps / TOLD_EVERY),
             name="unlearn triggers",
             detail=detail,
             buffers=list(average.module.parameters()),

@@ -20,6 +20,7 @@ from untrojan.errors import ConfigError, ModelError
 from untrojan.fit import fit
 from untrojan.mask import Mask
 from untrojan.model import logits
+from untrojan.progress import overall
 from untrojan.record import Diagnosis
 
 Factors = Mapping[str, list[Tensor]]
@@ -134,21 +135,23 @@ class AWM(Tuning):
             loss = loss + (1 - self.alpha) * functional.cross_entropy(perturbed, labels)
             return loss + self.gamma * sum(value.abs().sum() for value in mask.values.values()), natural
 
-        for number in range(1, self.outer_rounds + 1):
-            detail = f"{number}/{self.outer_rounds}"
-            delta = self._perturbation(_product(factors).bake(model), clean, steps, generator, detail)
-            done = fit(
-                learned,
-                step,
-                lambda: clean.draws(self.batch_size, steps, generator, AUGMENTATIONS[self.augment]),
-                lambda _: adam,
-                epochs=1,
-                name="mask",
-                detail=detail,
-                project=lambda: [part.clamp_(0, 1) for part in learned],
-            )
-            if done.diverged_at is not None:
-                break
+        with overall(self.name, total=self.outer_rounds) as advance:
+            for number in range(1, self.outer_rounds + 1):
+                detail = f"{number}/{self.outer_rounds}"
+                delta = self._perturbation(_product(factors).bake(model), clean, steps, generator, detail)
+                done = fit(
+                    learned,
+                    step,
+                    lambda: clean.draws(self.batch_size, steps, generator, AUGMENTATIONS[self.augment]),
+                    lambda _: adam,
+                    epochs=1,
+                    name="mask",
+                    detail=detail,
+                    project=lambda: [part.clamp_(0, 1) for part in learned],
+                )
+                if done.diverged_at is not None:
+                    break
+                advance()
         return _product(factors).bake(model)
 
     def _perturbation(

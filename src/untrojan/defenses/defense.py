@@ -27,7 +27,7 @@ from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.model import correct, faster, lay_out, layout_of, logits, require, seeded
-from untrojan.progress import timing
+from untrojan.progress import overall, timing
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
@@ -221,9 +221,12 @@ class Defense(ABC):
             checks += keeps_answers(model, outcome.model, clean, seed)
         # perturbations send images of clean networks away from their own label, and changes are told by other labels
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
-        for dear in (resists_patches,) if diagnosis.all_to_all else of_one_target:
-            if all(check.passed for check in checks):
-                checks.append(dear(model, outcome.model, clean, diagnosis, seed))
+        dear = (resists_patches,) if diagnosis.all_to_all else of_one_target
+        with overall("check the result", total=len(dear)) as advance:
+            for resists in dear:
+                if all(check.passed for check in checks):
+                    checks.append(resists(model, outcome.model, clean, diagnosis, seed))
+                advance()
         return checks
 
 

@@ -20,6 +20,7 @@ from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.model import correct
+from untrojan.progress import overall
 from untrojan.record import Diagnosis
 
 
@@ -101,13 +102,17 @@ class IBAU(Tuning):
         adam = torch.optim.Adam(model.eval().parameters(), lr=self.lr)
         before = float(correct(model, held).double().mean()) if self.variant == "fixed" else 0.0
         kept: nn.Module | None = None
-        for number in range(1, self.rounds + 1):
-            detail = f"{number}/{self.rounds}"
-            found = self._perturbation(model, clean, generator, detail)
-            if not self._unlearn(model, clean, found, adam, generator, detail):
-                break
-            if self.variant == "fixed" and within(before - float(correct(model, held).double().mean()), self.budget):
-                kept = copy.deepcopy(model)
+        with overall(self.name, total=self.rounds) as advance:
+            for number in range(1, self.rounds + 1):
+                detail = f"{number}/{self.rounds}"
+                found = self._perturbation(model, clean, generator, detail)
+                if not self._unlearn(model, clean, found, adam, generator, detail):
+                    break
+                if self.variant == "fixed" and within(
+                    before - float(correct(model, held).double().mean()), self.budget
+                ):
+                    kept = copy.deepcopy(model)
+                advance()
         return kept or model
 
     def _perturbation(
