@@ -34,7 +34,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("untrojan.scanners.changes.AT_ONCE", 2)
     monkeypatch.setattr("untrojan.defenses.auto.AT_ONCE", 2)
     monkeypatch.setattr("untrojan.defenses.checks.VIEWS", 128)
-    monkeypatch.setattr("untrojan.model._fused", lambda network: network)
+    monkeypatch.setattr("untrojan.speed._fused", lambda network: network)
     monkeypatch.setattr("untrojan.defenses.auto.STEPS", 2)
     monkeypatch.setattr("untrojan.scanners.triggers.FAINT_STEPS", (2, 2))
     monkeypatch.setattr("untrojan.defenses.checks.search", partial(search, steps=2))

@@ -1,4 +1,4 @@
-"""How much less time a pass takes with `model.faster`, `folded` and `lay_out`, as ratios measured in one run.
+"""How much less time a pass takes with `speed.faster`, `folded` and `lay_out`, as ratios measured in one run.
 
 What a network runs in depends on the processor, so there is a record for each: bfloat16 where that is multiplied
 natively, float32 elsewhere.
@@ -17,8 +17,8 @@ from cases import CASES, SHARED
 from cost import KINDS, bare
 
 import untrojan
-from untrojan.model import faster, folded, lay_out, multiplies_bfloat16
 from untrojan.run import environment
+from untrojan.speed import faster, folded, lay_out, multiplies_bfloat16
 from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/faster")

@@ -19,7 +19,7 @@ from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import Recipe, make_victim
-from untrojan.model import correct, faster
+from untrojan.model import correct
 from untrojan.record import Diagnosis
 from untrojan.registry import discover, make
 from untrojan.scanners.detectors.detector import Detector
@@ -27,6 +27,7 @@ from untrojan.scanners.samples import screen
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import Checkpoint
 from untrojan.sources.undo import restore
+from untrojan.speed import faster
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from untrojan.defenses.fine_tuning import FineTuning
 from untrojan.errors import ConfigError, UnreliableWarning
-from untrojan.model import lay_out
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
+from untrojan.speed import lay_out
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 

@@ -1,40 +1,23 @@
 import contextlib
-import copy
 import random
 
 import numpy as np
 import pytest
 import torch
-from tiny import CLASSES, NETS, Snapshot, build, make_clean
+from tiny import CLASSES, NETS, Returns, Snapshot, build, make_clean
 from torch import nn
 
-from untrojan import model as model_module
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.model import (
     Normalize,
     check,
     correct,
-    faster,
-    folded,
-    lay_out,
-    layout_of,
     logits,
     mode,
     require,
     seeded,
 )
-
-
-class Returns(nn.Module):
-    """Gives whatever the function makes of the images."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, images):
-        return self.function(images)
 
 
 def relabelled(clean, change):
@@ -200,139 +183,3 @@ def test_the_table_of_tiny_nets_is_deterministic():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match="expected a seed of at least 0, got -1"), seeded(-1):
         pass
-
-
-@pytest.fixture
-def bfloat16(monkeypatch):
-    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: True)
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda _: False)
-
-
-@pytest.mark.usefixtures("bfloat16")
-def test_a_faster_network_gives_nearly_the_same_and_shares_the_weights(net):
-    clean = make_clean()
-    quick = faster(net, clean)
-    with mode(net, training=False), torch.no_grad():
-        assert torch.allclose(quick(clean.floats()).softmax(1), net(clean.floats()).softmax(1), atol=0.1)
-    assert [id(each) for each in quick.parameters()] == [id(each) for each in net.parameters()]
-    assert faster(quick, clean) is quick
-
-
-@pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize(
-    "net",
-    [
-        nn.Sequential(nn.Conv2d(3, 2, 3), Returns(lambda out: out.view(len(out), -1))),
-        Returns(lambda images: 1e4 * (images.flatten(1)[:, :1] @ torch.tensor([[1, 1.002]]))),
-    ],
-    ids=["views a convolution", "rounds to something else"],
-)
-def test_a_network_that_cannot_run_faster_is_given_back(net):
-    assert faster(net, CleanSet(torch.full((4, 3, 4, 4), 0.3), torch.tensor([0, 1, 0, 1]))) is net
-
-
-@pytest.mark.usefixtures("float32")
-def test_without_bfloat16_in_the_processor_a_faster_network_has_the_channels_last_and_rounds_nothing():
-    net, clean, seen = build("batchnorm").eval(), make_clean(), []
-    quick = faster(net, clean)
-    net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-6)
-    assert [images.is_contiguous(memory_format=torch.channels_last) for images in seen] == [True, False]
-    assert {images.dtype for images in seen} == {torch.float32}
-
-
-def test_gradients_are_the_same_however_a_network_is_laid_out(net):
-    # each alone, because torch's GroupNorm crashes with the channels last where it is not asked for all of its own
-    images = make_clean().floats()
-    laid = copy.deepcopy(net)
-    lay_out(laid, layout_of(faster(laid, make_clean(), rounding=False)))
-    for of in (None, *range(len(list(net.parameters())))):
-        slopes = []
-        for each in (net, laid):
-            each.requires_grad_(False)
-            shown = images.clone()
-            asked = shown if of is None else list(each.parameters())[of]
-            asked.requires_grad_()
-            slopes.append(torch.autograd.grad(each(shown).square().sum(), asked)[0])
-        assert torch.allclose(*slopes, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.usefixtures("float32")
-def test_networks_with_group_norm_keep_their_layout():
-    net, clean, seen = build("groupnorm"), make_clean(), []
-    quick = faster(net, clean)
-    net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    quick(clean.floats())
-    assert seen[0].is_contiguous()
-
-
-def settled(*layers):
-    """A network whose BatchNorm has seen images, in evaluation mode."""
-    torch.manual_seed(0)
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    for _ in range(9):
-        net(make_clean().floats())
-    return net.eval()
-
-
-def norms(net):
-    return sum(isinstance(each, nn.BatchNorm2d) for each in net.modules())
-
-
-@pytest.mark.usefixtures("float32")
-def test_a_folded_network_gives_the_same_and_the_network_is_left_alone(net):
-    clean = make_clean()
-    before = Snapshot(net)
-    quick = folded(net, clean)
-    before.assert_same()
-    with mode(net, training=False), torch.no_grad():
-        assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-4)
-
-
-@pytest.mark.usefixtures("float32")
-def test_normalization_becomes_part_of_the_convolution_before_it():
-    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False))
-    quick = folded(net, make_clean())
-    assert norms(net) == 2
-    assert norms(quick) == 0
-    assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
-
-
-class Twice(nn.Module):
-    """Needs the output of a convolution before normalization too, and calls another convolution twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.again = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
-
-    def forward(self, images):
-        plain = self.first(images)
-        out = plain + self.norms[0](plain)
-        return self.norms[2](self.again(self.norms[1](self.again(out))))
-
-
-@pytest.mark.usefixtures("float32")
-def test_what_is_used_twice_is_not_folded():
-    net = settled(Twice())
-    quick = folded(net, make_clean())
-    assert norms(quick) == 3
-    assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
-
-
-@pytest.mark.usefixtures("float32")
-def test_a_network_that_cannot_be_traced_is_run_as_it_is():
-    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Returns(lambda out: out if out.sum() > 0 else -out))
-    assert folded(net, make_clean()).model is net
-
-
-@pytest.mark.usefixtures("bfloat16")
-def test_a_folded_network_is_faster_too_and_is_not_folded_again():
-    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    quick = folded(faster(net, make_clean()), make_clean())
-    assert norms(quick) == 0
-    assert faster(quick, make_clean()) is folded(quick, make_clean()) is quick

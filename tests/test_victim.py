@@ -246,7 +246,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_it_rounds_to_bfloat16_only_where_that_is_asked_for_and_native(self, monkeypatch, native):
-        monkeypatch.setattr("untrojan.model.multiplies_bfloat16", lambda _: native)
+        monkeypatch.setattr("untrojan.speed.multiplies_bfloat16", lambda _: native)
         seen = []
         net = linear()
         net.register_forward_hook(lambda module, _, out: seen.append(out.dtype) if module.training else None)

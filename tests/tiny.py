@@ -30,6 +30,17 @@ CLASSES = 4
 SHAPE = (3, 8, 8)
 
 
+class Returns(nn.Module):
+    """Gives whatever the function makes of the images."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of maps (N, C, H, W)."""
 

@@ -22,13 +22,13 @@ from untrojan.defenses.views import FEW_IMAGES, mixed, shifted, varied
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
-from untrojan.model import faster, folded
 from untrojan.progress import overall, stage
 from untrojan.record import Comparison, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
+from untrojan.speed import faster, folded
 
 DECAY = 0.95
 CLIP = 5.0

@@ -26,7 +26,7 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import correct, faster, lay_out, layout_of, logits, require, seeded
+from untrojan.model import correct, logits, require, seeded
 from untrojan.progress import overall, timing
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
@@ -35,6 +35,7 @@ from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.undo import save_changes
+from untrojan.speed import faster, lay_out, layout_of
 from untrojan.writing import RECORD, REPORT, sha256, staged, write_atomic
 
 REPAIRED, CHANGES = "repaired.safetensors", "changes.safetensors"

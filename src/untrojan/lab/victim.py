@@ -19,7 +19,8 @@ from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import faster, lay_out, layout_of, random_state, seeded, set_random_state
+from untrojan.model import random_state, seeded, set_random_state
+from untrojan.speed import faster, lay_out, layout_of
 
 State = Mapping[str, Any]
 """Where a training stands: mappings and lists, by any keys, of tensors, numbers, text and nothing."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.model import folded, mode
+from untrojan.model import mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.record import ChangeKind, Comparison
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import Perturbation
+from untrojan.speed import folded
 
 AT_ONCE = 8
 BATCH = 64

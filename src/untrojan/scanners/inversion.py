@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.model import folded, mode
+from untrojan.model import mode
 from untrojan.pictures import png
 from untrojan.scanners.aim import Aim
+from untrojan.speed import folded
 
 FIRST_NORM = 2.0
 GROWTH = 1.5

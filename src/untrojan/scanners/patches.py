@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import folded, mode
+from untrojan.model import mode
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.scanners.aim import Aim
+from untrojan.speed import folded
 
 STEPS = 150
 BATCH = 64

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.model import correct, folded, logits
+from untrojan.model import correct, logits
 from untrojan.record import Diagnosis
+from untrojan.speed import folded
 
 DRAWS = 16
 DECIDES = 0.9

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
-from untrojan.model import folded, logits
+from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.progress import whole
 from untrojan.record import Diagnosis, Rate, Reach, Trigger, TriggerKind
@@ -28,6 +28,7 @@ from untrojan.scanners.patches import HardPatch, Patches, least_area, measured, 
 from untrojan.scanners.reach import MOST, by_faint, by_patches, how_far, judge, scores_of, standing_out, targets_of
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
+from untrojan.speed import folded
 
 T = TypeVar("T")
 

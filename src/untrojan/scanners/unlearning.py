@@ -18,9 +18,9 @@ from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit, size_with_enough_steps
-from untrojan.model import faster
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scanners.scanner import Scanner
+from untrojan.speed import faster
 
 View = Literal["plain", "noise", "crop-flip"]
 
@@ -126,7 +126,7 @@ class Unlearning:
     def survey(self, model: nn.Module, clean: CleanSet, seed: int, runs: int) -> list[UnlearningRun]:
         """Unlearn several times, each time on a seed of its own and every second time with noise.
 
-        The network runs as :func:`~untrojan.model.faster` gives it, for only which class survives is asked.
+        The network runs as :func:`~untrojan.speed.faster` gives it, for only which class survives is asked.
 
         Args:
             model: As for :meth:`unlearn`.
