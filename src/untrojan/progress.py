@@ -125,6 +125,7 @@ class Bars:
 def _bars() -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Left(ProgressColumn):
@@ -148,7 +149,7 @@ def _bars() -> "Progress":
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[pace]:>10}"),
         TextColumn("{task.fields[note]}", markup=False),
-        Left(),
+        Left(table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
     )
 
