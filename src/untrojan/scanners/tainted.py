@@ -17,6 +17,7 @@ from untrojan.record import Diagnosis
 from untrojan.speed import folded
 
 DRAWS = 16
+AT_ONCE = 256
 DECIDES = 0.9
 NEARLY = 0.8
 JUDGED = 64
@@ -100,13 +101,14 @@ def _taken_along(
 ) -> Tensor:
     """How often a window of each image takes its label along to images of other classes: `(n,)` in [0, 1]."""
     hits, tries = (torch.zeros(len(images)) for _ in range(2))
-    for _ in range(DRAWS):
-        drawn = torch.randint(len(hosts), (_TRIES, len(images)), generator=generator)
+    every = torch.randint(len(hosts), (DRAWS, _TRIES, len(images)), generator=generator)
+    for drawn in every.split(max(1, AT_ONCE // len(images))):
         other = hosts.labels[drawn] != images.labels
-        drawn = drawn.gather(0, other.int().argmax(0, keepdim=True))[0]
-        laid = hosts.images[drawn].clone()
-        laid[:, :, window.rows, window.columns] = images.images[:, :, window.rows, window.columns]
-        counted = other.any(0)
-        hits += ((logits(model, CleanSet(laid, images.labels)).argmax(1) == images.labels) & counted).float()
-        tries += counted
+        drawn = drawn.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
+        laid = hosts.images[drawn]
+        laid[..., window.rows, window.columns] = images.images[..., window.rows, window.columns]
+        labels, counted = images.labels.expand(len(drawn), -1), other.any(1)
+        told = logits(model, CleanSet(laid.flatten(0, 1), labels.flatten())).argmax(1).view_as(labels)
+        hits += ((told == labels) & counted).sum(0)
+        tries += counted.sum(0)
     return hits / tries.clamp(min=1)
