@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import FallsForSquare, make_dark
+from tiny import FallsForSquare, Returns, make_dark
 
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import (
@@ -18,7 +18,7 @@ from untrojan.defenses.checks import (
     resists_perturbation,
 )
 from untrojan.defenses.defense import Defense, Outcome
-from untrojan.model import correct
+from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
 from untrojan.scanners.aim import Aim
 
@@ -214,13 +214,30 @@ def test_what_is_only_known_by_heart_is_told_from_what_is_known():
     clean = bright_rows(8)
     by_heart = ByHeart(clean.floats())
     assert torch.equal(by_heart(clean.floats()), Brightest()(clean.floats()))
-    (same,), (lost,) = (keeps_answers(Brightest(), each, clean, 0) for each in (Brightest(50.0), by_heart))
+    (same,), (lost,) = (keeps_answers(Brightest(), each, clean, NOBODY, 0) for each in (Brightest(50.0), by_heart))
     assert same.passed, same.detail
     assert not lost.passed, lost.detail
 
 
 def test_of_what_the_original_is_not_sure_nothing_is_asked():
-    assert keeps_answers(Brightest(0.1), Brightest(-0.1), bright_rows(8), 0) == []
+    assert keeps_answers(Brightest(0.1), Brightest(-0.1), bright_rows(8), NOBODY, 0) == []
+
+
+def test_a_suspected_label_may_be_said_of_other_views_no_longer():
+    clean = bright_rows(8)
+    said = logits(Brightest(), clean).argmax(1)
+    label = int(said.mode().values)
+
+    def never_says_it(images):
+        return Brightest()(images).index_fill(1, torch.tensor(label), -99)
+
+    found = GIVEN.model_copy(update={"targets": [Target(label=label, score=0.9)]})
+    of_all, of_others = (
+        keeps_answers(Brightest(), Returns(never_says_it), clean, each, 0)[0] for each in (NOBODY, found)
+    )
+    assert of_others.passed, of_others.detail
+    assert "of 100% of these" not in of_all.detail
+    assert "of 100% of these" in of_others.detail
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -84,21 +84,26 @@ def _half(lost: Tensor) -> float:
     return 1.96 * float(lost.std(correction=0)) / math.sqrt(len(lost))
 
 
-def keeps_answers(model: nn.Module, repaired: nn.Module, clean: CleanSet, seed: int) -> list[Check]:
+def keeps_answers(
+    model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int
+) -> list[Check]:
     """Where the original is sure of other views of the images, the repaired model says the same of most.
 
-    Few images can all be learned by heart while the accuracy on others is lost, and none may be held out to tell.
+    Few images can all be learned by heart while the accuracy on others is lost, and none may be held out to tell. Views
+    with a suspected label are left out, for what makes the original sure of it may be the backdoor.
 
     Args:
         model: The original.
         repaired: The repaired model.
         clean: The images, which are shifted, mirrored, mixed, zoomed, recolored and pasted together.
+        diagnosis: What the scan found.
         seed: Decides how.
 
     Returns:
         One check; none where the original is sure of hardly any view.
     """
     generator = new_generator(seed + 3)
+    suspected = torch.tensor(diagnosis.suspects, dtype=torch.int64)
 
     def view(images: Tensor, generator: torch.Generator) -> Tensor:
         return varied(mixed(shifted(images, generator), generator), generator)
@@ -107,14 +112,14 @@ def keeps_answers(model: nn.Module, repaired: nn.Module, clean: CleanSet, seed: 
     for images, labels in clean.draws(AT_ONCE, VIEWS // AT_ONCE, generator, view):
         seen = CleanSet(images, labels)
         sure, said = logits(model, seen).softmax(1).max(1)
-        agreed.append((logits(repaired, seen).argmax(1) == said)[sure > SURE])
+        agreed.append((logits(repaired, seen).argmax(1) == said)[(sure > SURE) & ~torch.isin(said, suspected)])
     same = torch.cat(agreed)
     if len(same) < SURE_VIEWS:
         return []
     share = float(same.double().mean())
     text = (
-        f"of {VIEWS} varied views of the images the original is sure of {len(same)}, and the repaired model says the "
-        f"same of {share:.0%} of these; at least {AGREED:.0%} are asked for"
+        f"of {VIEWS} varied views of the images the original is sure that {len(same)} have a label that is not "
+        f"suspected, and the repaired model says the same of {share:.0%} of these; at least {AGREED:.0%} are asked for"
     )
     return [Check(name="keeps its answers on other views", passed=share >= AGREED, detail=text)]
 

@@ -219,7 +219,7 @@ class Defense(ABC):
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
         if not outcome.held_out or len(judged) < FEW_IMAGES:
-            checks += keeps_answers(model, outcome.model, clean, seed)
+            checks += keeps_answers(model, outcome.model, clean, diagnosis, seed)
         # perturbations send images of clean networks away from their own label, and changes are told by other labels
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
         dear = (resists_patches,) if diagnosis.all_to_all else of_one_target
