@@ -270,8 +270,9 @@ def page() -> str:
         "but patches reach the label. Cells with poisoned images had these told by covering recovered patches, but "
         "those of trojan_sq and trojan_wm with 5 percent, where that told none. Of one-shot, most cells of seeds 0 "
         "and 2, and all of `auto`, are older than the check `keeps its answers on other views`, for want of which "
-        "methods that learned ten images by heart, and lost what they knew of others, were called repaired. `auto` "
-        "with 500 images is by the present code; most other cells but those alone are older than the folding of "
+        "methods that learned ten images by heart, and lost what they knew of others, were called repaired; "
+        "where it was asked, views with a suspected label counted too, which they do no longer. `auto` with 500 images "
+        "is by the present code; most other cells but those alone are older than the folding of "
         "BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
         "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot.",
     ]

@@ -223,7 +223,7 @@ def stage(name: str, total: int, detail: str = "") -> Iterator[Advance]:
     """
     start = time.perf_counter()
     try:
-        with _reporter.get().stage(f"{name} {detail}".rstrip(), total) as advance:
+        with overall(f"{name} {detail}".rstrip(), total) as advance:
             yield advance
     finally:
         _add(name, time.perf_counter() - start)
