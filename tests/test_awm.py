@@ -17,7 +17,10 @@ from untrojan.model import logits
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 
-pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
+    pytest.mark.usefixtures("short_searches", "no_checks"),
+]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
@@ -216,13 +219,14 @@ def test_one_shot_on_one_image_per_class():
     assert not any("too few images to hold any out" in text for text in record.warnings)
 
 
+@pytest.mark.slow
 def test_masking_takes_the_backdoor():
     net, clean = backdoored(7)
     rest = clean.take(range(150))
     images = clean.floats()
     images[:, :, 6:, 6:] = 1
     others = clean.labels != 7
-    result = tuned(AWM(outer_rounds=15), net, rest)
+    result = tuned(AWM(outer_rounds=10), net, rest)
     with torch.no_grad():
         fooled, still = ((model(images).argmax(1)[others] == 7).float().mean() for model in (net, result))
         right = (result(clean.floats()).argmax(1) == clean.labels).float().mean()

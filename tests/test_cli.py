@@ -447,6 +447,7 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
     assert holdings(tmp_path) == {old: b"old"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_searches")
 def test_killed_run_leaves_no_output_and_can_be_repeated(command, talk, tmp_path):
     strike = "writing._move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
@@ -483,7 +484,7 @@ def assert_cursor_is_back(shown):
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_run_ends_cleanly(command, tmp_path, stop):
     code, out, shown = on_a_terminal(command(*ENDLESS), lambda process: process.send_signal(stop))
     assert (code, out) == (130, "")
@@ -502,7 +503,7 @@ def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
     assert_cursor_is_back(shown)
 
 
-@pytest.mark.parametrize(("where", "arguments"), [("closed pipe", ["methods"]), ("full disk", ["restore", "--help"])])
+@pytest.mark.parametrize(("where", "arguments"), [("closed pipe", ["--help"]), ("full disk", ["methods"])])
 def test_result_that_cannot_be_delivered_is_a_quiet_failure(where, arguments):
     if where == "full disk":
         out = os.open("/dev/full", os.O_WRONLY)

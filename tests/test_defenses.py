@@ -64,15 +64,9 @@ named = pytest.mark.parametrize("name", DEFENSES)
 # The contract of every method
 
 
-@pytest.fixture
-def no_checks(monkeypatch):
-    """Checks are the same for all methods, and take as long as these do."""
-    monkeypatch.setattr(Defense, "_checks", lambda *_: [])
-
-
 @methods
 def test_the_caller_sees_no_change_and_the_repair_is_whole(net, clean, method, request):
-    if request.node.callspec.params["net"] not in UNLIKE and method.name != "fine-tuning":
+    if request.node.callspec.params["net"] != "batchnorm" and method.name != "fine-tuning":
         request.getfixturevalue("no_checks")
     next(net.children()).train()
     net.register_forward_hook(lambda *_: None)
@@ -110,15 +104,14 @@ def repeats(method, name, clean):
     assert one.record.model_copy(update=varying) == other.record.model_copy(update=varying)
 
 
-@methods
-@pytest.mark.parametrize("name", ["vit", "dropout"])
-def test_a_repair_repeats(name, clean, method):
-    repeats(method, name, clean)
+def test_a_repair_with_its_checks_repeats(clean):
+    repeats(make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]), "dropout", clean)
 
 
-@pytest.mark.slow
 @methods
-@pytest.mark.parametrize("name", [name for name in NETS if name not in ("vit", "dropout")])
+@pytest.mark.parametrize(
+    "name", [each if each == "dropout" else pytest.param(each, marks=pytest.mark.slow) for each in NETS]
+)
 @pytest.mark.usefixtures("no_checks")
 def test_what_a_method_does_repeats(name, clean, method):
     repeats(method, name, clean)
@@ -147,6 +140,7 @@ def test_networks_without_meaning_for_a_method_are_refused(method, net, clean):
 
 
 @methods
+@pytest.mark.usefixtures("no_checks")
 def test_a_network_that_changes_itself_is_not_called(clean, method):
     net = Counts()
     before = Snapshot(net)
@@ -208,7 +202,7 @@ def listing(folder):
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
-@named
+@pytest.mark.parametrize("name", ["fine-tuning", "rnp"])
 def test_saved_files(tmp_path, name):
     repair = done(name)
     folder = tmp_path / "deep" / "er" / "run"

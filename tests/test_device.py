@@ -153,7 +153,7 @@ class TestGPU:
 
     @pytest.mark.parametrize("name", SCANNERS)
     def test_every_scanner_scans_there(self, name):
-        model, clean = backdoored(3)
+        model, clean = backdoored(7)
         record = make(SCANNERS[name], SHORT[name]).examine(there(model), clean.take(range(100)))
         assert record.environment["device"] == torch.cuda.get_device_name(GPU)
         assert record.diagnosis.verdict in ("found", "not_found", "inconclusive")
@@ -171,7 +171,7 @@ class TestGPU:
         assert all(torch.equal(parent[key], value) for key, value in model.state_dict().items())
 
     def test_samples_are_screened_there(self):
-        model, clean = backdoored(3)
+        model, clean = backdoored(7)
         given = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
         detectors = [make(cls, SHORT.get(name, {})) for name, cls in DETECTORS.items()]
         done = screen(there(model), clean, clean, detectors=detectors, diagnosis=given)
@@ -208,7 +208,7 @@ class TestGPU:
         victim.save(tmp_path / "victim")
 
     def test_the_faster_network_says_much_the_same(self):
-        model, clean = backdoored(3)
+        model, clean = backdoored(7)
         moved, images = there(model), clean.to(GPU).floats()
         said = faster(moved, clean.to(GPU))(images).softmax(1)
         assert (said - moved(images).softmax(1)).abs().max() < 0.1

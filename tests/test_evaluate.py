@@ -297,23 +297,33 @@ def test_wilson_interval_against_newcombe_1998_table_1(count, total, low, high):
 @pytest.mark.parametrize(
     ("checkpoint", "net", "spec", "target", "acc", "asr"),
     [
-        ("ibau-cifar10-badnets-t8.pth", "small-vgg", "badnets:size=4,row=27,col=27,value=1", 8, 0.846, 0.981),
+        pytest.param(
+            "ibau-cifar10-badnets-t8.pth",
+            "small-vgg",
+            "badnets:size=4,row=27,col=27,value=1",
+            8,
+            0.846,
+            0.981,
+            marks=pytest.mark.slow,
+        ),
         ("abl-cifar10-grid-t0.tar", "wrn-16-1", "badnets:pattern=grid", 0, 0.858, 0.999),
-        (
+        pytest.param(
             "ibau-cifar10-trojan_sq-t2.pth",
             "small-vgg",
             f"additive:image={SHARED}/checkpoints/triggers/trojan_sq.png",
             2,
             0.849,
             0.995,
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "ibau-cifar10-l0_inv-t0.pth",
             "small-vgg",
             f"masked:image={SHARED}/checkpoints/triggers/l0_inv.png,mask={SHARED}/checkpoints/triggers/l0_inv_mask.npy",
             0,
             0.837,
             1.0,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["badnets", "grid", "trojan_sq", "l0_inv"],

@@ -351,9 +351,16 @@ def answer_with_process(job):
     return Answer(f"{job} in {os.getpid()}")
 
 
-def test_processes_live_on_and_are_replaced_when_they_die():
+@pytest.mark.slow
+def test_processes_work_side_by_side_live_on_and_are_replaced_when_they_die():
     pool = Processes(2, answer_with_process)
     try:
+        pool.start("a")
+        pool.start("b")
+        ends = dict(pool.wait() for _ in range(2))
+        assert {job: answer.text.split(" in ")[0] for job, answer in ends.items()} == {"a": "a", "b": "b"}
+        assert ends["a"].text.split(" in ")[1] != ends["b"].text.split(" in ")[1]
+
         seen = []
         for job in ("a", "b", "die", "c"):
             pool.start(job)
@@ -366,18 +373,6 @@ def test_processes_live_on_and_are_replaced_when_they_die():
     finally:
         pool.close()
     assert not Path(f"/proc/{seen[3][1]}").exists()
-
-
-def test_processes_work_side_by_side():
-    pool = Processes(2, answer_with_process)
-    try:
-        pool.start("a")
-        pool.start("b")
-        ends = dict(pool.wait() for _ in range(2))
-        assert {job: answer.text.split(" in ")[0] for job, answer in ends.items()} == {"a": "a", "b": "b"}
-        assert ends["a"].text.split(" in ")[1] != ends["b"].text.split(" in ")[1]
-    finally:
-        pool.close()
 
 
 # The command

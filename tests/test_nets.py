@@ -170,7 +170,7 @@ def test_the_layer_that_gives_the_logits_comes_last(name):
 @pytest.mark.parametrize(
     ("spec", "lr", "epochs"),
     [
-        ("mobilenetv2:classes=4", 0.01, 16),
+        pytest.param("mobilenetv2:classes=4", 0.05, 8, marks=pytest.mark.slow),
         ("resnet20:classes=4", 0.05, 8),
         ("small-convnext:classes=4", 0.02, 8),
         ("small-vit:classes=4,size=8,patch=4", 0.01, 8),
@@ -311,8 +311,8 @@ def accuracy(net, file, rows):
 @pytest.mark.parametrize(
     ("checkpoint", "net", "expected"),
     [
-        ("ibau-gtsrb-badnets-t8.pth", "small-vgg:classes=43", 0.973),
-        ("ibau-gtsrb-trojan_wm-t2.pth", "small-vgg:classes=43", 0.973),
+        pytest.param("ibau-gtsrb-badnets-t8.pth", "small-vgg:classes=43", 0.973, marks=pytest.mark.slow),
+        pytest.param("ibau-gtsrb-trojan_wm-t2.pth", "small-vgg:classes=43", 0.973, marks=pytest.mark.slow),
         ("nad-cifar10-finetuned.tar", "wrn-16-1", 0.855),
     ],
 )

@@ -16,7 +16,10 @@ from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 
-pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
+    pytest.mark.usefixtures("short_searches", "no_checks"),
+]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 

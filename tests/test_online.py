@@ -397,10 +397,10 @@ def digits():
 @pytest.mark.parametrize(
     ("attack", "epochs", "lr", "rate", "reached"),
     [
-        (LIRA(eps=0.1, lr=0.01), 6, 0.05, None, 0.95),
+        pytest.param(LIRA(eps=0.1, lr=0.01), 6, 0.05, None, 0.95, marks=pytest.mark.slow),
         pytest.param(SSBA(bits=4, epochs=8), 10, 0.05, 0.2, 0.9, marks=pytest.mark.slow),
         (AWP(size=2), 8, 0.05, None, 0.95),
-        (WaNet(s=1), 16, 0.05, 0.2, 0.8),
+        pytest.param(WaNet(s=1), 16, 0.05, 0.2, 0.8, marks=pytest.mark.slow),
     ],
     ids=lambda each: getattr(each, "name", None),
 )

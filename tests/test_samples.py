@@ -78,7 +78,7 @@ def ranked(detector, own_label=False):
     """How well poisoned samples are told from all others, or from those of their label: the mean over two victims."""
     rocs = []
     for target in (3, 7):
-        net, clean = backdoored(target, epochs=20)
+        net, clean = backdoored(target)
         suspects, poisoned = planted(target, 20)
         scores = detector.score(net, clean, Suspects.of(suspects), UNKNOWN)
         judged = suspects.labels == target if own_label else torch.ones(len(suspects), dtype=torch.bool)
@@ -88,7 +88,12 @@ def ranked(detector, own_label=False):
 
 @pytest.mark.parametrize(
     ("detector", "least"),
-    [(Unlearned(), 0.9), (Unlearned(by="change"), 0.9), (Strip(blends=30), 0.9), (SpectralSignatures(), 0.7)],
+    [
+        pytest.param(Unlearned(), 0.9, marks=pytest.mark.slow),
+        (Unlearned(by="change"), 0.9),
+        (Strip(blends=30), 0.9),
+        (SpectralSignatures(), 0.7),
+    ],
     ids=["unlearned", "unlearned by change", "strip", "spectral-signatures"],
 )
 def test_poisoned_samples_rank_above_others(detector, least):
@@ -112,8 +117,8 @@ def test_cognitive_distillation_ranks_images_above_of_which_little_matters():
 
 
 def test_unlearned_written_out():
-    net, clean = backdoored(3, epochs=20)
-    suspects, _ = planted(3, 5)
+    net, clean = backdoored(7)
+    suspects, _ = planted(7, 5)
     how = Unlearned(unlearn_epochs=3)
     unlearned = how.unlearn(net, clean, 4, "plain").model
     odds = {}
@@ -399,7 +404,7 @@ def test_images_of_another_size_further_on():
 
 @pytest.fixture(scope="module")
 def screening():
-    net, clean = backdoored(7, epochs=20)
+    net, clean = backdoored(7)
     suspects, _ = planted(7, 20)
     detectors = [Unlearned(), SpectralSignatures()]
     return screen(net, clean, suspects, detectors=detectors, diagnosis=FOUND, seed=2, shown=25)
@@ -408,7 +413,7 @@ def screening():
 def test_the_table(screening):
     table = screening.table().to_pydict()
     suspects, poisoned = planted(7, 20)
-    net, _ = backdoored(7, epochs=20)
+    net, _ = backdoored(7)
     assert list(table) == ["index", "label", "predicted", "unlearned", "spectral-signatures", "rank"]
     assert table["index"] == list(range(420))
     assert table["label"] == suspects.labels.tolist()

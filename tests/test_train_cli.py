@@ -93,6 +93,7 @@ def test_a_clean_model_on_test_images_of_its_own(tmp_path, digits, capsys):
     assert (record.held_out, record.test.images, record.recipe["batch_size"]) == (False, 600, 128)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_if_nothing_had_been(command, tmp_path, capsys):
     assert run(command(out=tmp_path / "undisturbed" / "out")) == 0
     child = subprocess.Popen(

@@ -158,6 +158,7 @@ def test_two_targets_are_both_named(images):
     assert set(QUICK.scan(Bands({5: 1, 12: 3}), images).found) == {1, 3}
 
 
+@pytest.mark.slow
 def test_no_single_target_is_invented_where_every_class_has_one(images):
     dim = CleanSet(0.7 * images.images, images.labels)
     found = QUICK.scan(NextForWhite(), dim)

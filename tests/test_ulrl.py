@@ -17,7 +17,10 @@ from untrojan.record import Diagnosis, Target, UnlearningRun
 from untrojan.registry import make
 from untrojan.scanners.unlearning import Unlearned, UnlearningScanner
 
-pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
+    pytest.mark.usefixtures("short_searches", "no_checks"),
+]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 RUN = UnlearningRun(seed=0, images=32, reached=True, label=0, share=1, trace=[])
@@ -95,7 +98,7 @@ def test_the_threshold_is_the_modified_z(moves):
 
 def test_rows_after_real_unlearning():
     """The rows again, by a loop over the weights."""
-    net, clean = backdoored(3)
+    net, clean = backdoored(7)
     clean = clean.take(range(60))
     method = ULRL(z=0.5, unlearn_epochs=5)
     unlearned, _ = method.unlearn(net, clean, 4, "plain")

@@ -240,6 +240,7 @@ def test_images_that_are_not_there_fail_for_every_model_of_them(small, capsys):
     assert capsys.readouterr().out.count("failed: no such file or folder: ") == 2
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_it_ends_as_if_nothing_had_been(small, tmp_path):
     def told(root):
         victims = Manifest.load(root / MANIFEST).model_dump()["victims"]

@@ -166,13 +166,13 @@ def make_clean(count=32, classes=CLASSES, shape=SHAPE):
     return CleanSet(images, labels)
 
 
-def train(net, clean, epochs=30, lr=0.05):
+def train(net, clean, epochs=30, lr=0.05, batch_size=32):
     """Train in place, quickly, and give the net back in evaluation mode."""
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     net.train()
     for _ in range(epochs):
-        for images, labels in clean.batches(32, generator):
+        for images, labels in clean.batches(batch_size, generator):
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(images), labels).backward()
             optimizer.step()
@@ -190,7 +190,7 @@ class Payload:
 
 
 @cache
-def backdoored(target, epochs=12, second=None):
+def backdoored(target, second=None):
     """A network on digits that says `target` where a 2x2 corner is white, and 300 clean digits.
 
     With a second target, it says that where the opposite corner is white.
@@ -205,7 +205,8 @@ def backdoored(target, epochs=12, second=None):
     if second is not None:
         images[120:240, :, :2, :2], labels[120:240] = 1, second
     torch.manual_seed(0)
-    return train(nets.build("digits-cnn"), CleanSet(images[:1200], labels[:1200]), epochs), clean
+    taught = CleanSet(images[:1200], labels[:1200])
+    return train(nets.build("digits-cnn"), taught, epochs=12, lr=0.1, batch_size=64), clean
 
 
 SQUARE = 9
