@@ -64,7 +64,7 @@ class Stub(Defense):
     """
 
     name: ClassVar[str] = "stub"
-    end: Literal["repaired", "nothing_to_repair", "failed", "interrupted", "bug"]
+    end: Literal["repaired", "nothing_to_repair", "inconclusive", "failed", "interrupted", "bug"]
     some_number: float | None = None
 
     def _repair(self, model, clean, diagnosis, seed):
@@ -82,7 +82,7 @@ class Stub(Defense):
         return outcome.checks
 
     def __post_init__(self):
-        verdict = "not_found" if self.end == "nothing_to_repair" else "found"
+        verdict = {"nothing_to_repair": "not_found", "inconclusive": "inconclusive"}.get(self.end, "found")
         targets = [Target(label=1, score=0.9), Target(label=0, score=0.1)]
         LOOKS.append(Diagnosis(verdict=verdict, rule="as told", targets=targets, runs=[]))
 
@@ -148,7 +148,7 @@ def repaired(site, tmp_path_factory):
     out = tmp_path_factory.mktemp("repaired") / "out"
     arguments = ["repair", str(site / "model.safetensors"), "--net", NET, "--clean", str(site / "clean.npz")]
     arguments += ["--out", str(out), "--seed", "3", "--samples-per-class", "4", *QUICK]
-    status = {0: ("repaired", "nothing_to_repair"), 2: ("failed",)}[run(arguments)]
+    status = {0: ("repaired", "nothing_to_repair"), 2: ("failed", "inconclusive")}[run(arguments)]
     assert json.loads((out / RECORD).read_text())["status"] in status
     return out, arguments
 
@@ -396,7 +396,8 @@ def test_required_option_of_a_method_is_named(command, talk, stub):
 
 
 @pytest.mark.parametrize(
-    ("end", "expected"), [("repaired", 0), ("nothing_to_repair", 0), ("failed", 2), ("interrupted", 130), ("bug", 2)]
+    ("end", "expected"),
+    [("repaired", 0), ("nothing_to_repair", 0), ("inconclusive", 2), ("failed", 2), ("interrupted", 130), ("bug", 2)],
 )
 def test_exit_code_follows_how_the_repair_ended(command, talk, stub, tmp_path, end, expected):
     code, out, err = talk(command("--method", "stub", "--end", end))
@@ -524,7 +525,7 @@ def test_record_tells_all_about_the_run(repaired, site):
     folder, arguments = repaired
     record = json.loads((folder / RECORD).read_text())
     assert (record["schema_version"], record["kind"], record["seed"]) == (1, "repair", 3)
-    assert record["status"] in ("repaired", "nothing_to_repair", "failed")
+    assert record["status"] in ("repaired", "nothing_to_repair", "inconclusive", "failed")
     assert record["reason"]
     rnp = discover("untrojan.defenses", Defense)["rnp"]
     assert record["method"]["name"] == "rnp"

@@ -153,7 +153,7 @@ def test_methods_look_for_themselves(clean, name):
     net = train(build("batchnorm"), clean, epochs=3)
     repair = make(DEFENSES[name], QUICK[name]).repair(net, clean)
     assert repair.record.diagnosis is not None
-    assert repair.record.status in ("repaired", "nothing_to_repair", "failed")
+    assert repair.record.status in ("repaired", "nothing_to_repair", "inconclusive", "failed")
     unchanged = same(repair.model.state_dict(), net.state_dict())
     assert unchanged == (repair.record.values_changed == 0)
 
@@ -390,6 +390,16 @@ def test_a_method_may_do_what_it_likes_with_its_copy():
 def test_half_results_do_not_come_out(rule, error, text):
     with pytest.raises(error, match=text):
         rude(rule)
+
+
+@pytest.mark.usefixtures("no_checks")
+def test_after_an_inconclusive_scan_nothing_is_called_repaired(clean):
+    method = make(DEFENSES["fine-tuning"], QUICK["fine-tuning"])
+    sure = method.repair(build("batchnorm"), clean, GIVEN)
+    unsure = method.repair(build("batchnorm"), clean, GIVEN.model_copy(update={"verdict": "inconclusive"}))
+    assert (sure.record.status, unsure.record.status) == ("repaired", "inconclusive")
+    assert same(sure.model.state_dict(), unsure.model.state_dict())
+    assert unsure.record.reason.startswith(f"{sure.record.reason}, but ")
 
 
 def test_a_method_that_changes_nothing_warns():

@@ -456,6 +456,11 @@ def test_same_record_gives_the_same_page(pages):
             "The scan for a backdoor was inconclusive; the model is unchanged.",
             "? Not repaired",
         ),
+        (
+            make(status="inconclusive", diagnosis=make().diagnosis.model_copy(update={"verdict": "inconclusive"})),
+            "Backdoor suspected in label 8 (ship); the repair passed its checks.",
+            "? Inconclusive",
+        ),
         (scanned(), "Backdoor found: target label 8 (ship).", "✕ Found"),
         (scanned(FOUND), "Backdoor found: target label 8 (ship).", "✕ Found"),
         (

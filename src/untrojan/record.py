@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 Verdict = Literal["found", "not_found", "inconclusive"]
 ChangeKind = Literal["perturbation", "warp", "recoloring"]
 TriggerKind = Literal["patch"] | ChangeKind
-Status = Literal["repaired", "nothing_to_repair", "failed"]
+Status = Literal["repaired", "nothing_to_repair", "inconclusive", "failed"]
 
 
 class _Part(BaseModel):
@@ -379,8 +379,9 @@ class RunRecord(AnyRecord):
 class Record(RunRecord):
     """Everything about one repair: one run of one method on one model.
 
-    `status` is `repaired` when a model that passes every check came out, `nothing_to_repair` when no backdoor was
-    found and the model is unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
+    `status` is `repaired` when a backdoor was found and a model that passes every check came out, `inconclusive` when
+    such a model came out but the scan was not sure, `nothing_to_repair` when no backdoor was found and the model is
+    unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
     `units_changed` counts pruned units, of `units_total` that the method scored; `values_changed` counts the elements
     of the state dict that differ.
     """

@@ -42,8 +42,8 @@ def repair(
 ) -> int:
     """Find the target label of MODEL, remove the backdoor, and write the result to a folder.
 
-    Exits with 0 when the repaired model meets its own checks or nothing was found, and with 2 when it does not; the
-    record and the report say why.
+    Exits with 0 when the repaired model meets its own checks or nothing was found, and with 2 when it does not or the
+    scan was inconclusive; the record and the report say why.
     """
     defense: Defense = method_of(ctx)
     require_output(out, force)
@@ -55,7 +55,7 @@ def repair(
     record = as_called(done.record, ctx)
     replace(done, record=record).save(out, force)
     click.echo((out / RECORD).read_text("utf-8") if as_json else printable(_summary(record, out)), nl=not as_json)
-    return 2 if record.status == "failed" else 0
+    return 2 if record.status in ("failed", "inconclusive") else 0
 
 
 def _summary(record: Record, out: Path) -> str:

@@ -282,7 +282,10 @@ def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool) -> tuple[S
         return "failed", "; ".join(failed)
     if not changed:
         return "failed", "the method changed nothing"
-    return "repaired", f"the model passes all {len(checks)} checks"
+    passes = f"the model passes all {len(checks)} checks"
+    if diagnosis.verdict == "inconclusive":
+        return "inconclusive", f"{passes}, but these look at what the scan suspects, and it was inconclusive"
+    return "repaired", passes
 
 
 def _states(

@@ -211,6 +211,8 @@ def _verdict(record: RunRecord) -> str:
         return found + "was repaired."
     if record.status == "nothing_to_repair":
         return found + "model is unchanged."
+    if record.status == "inconclusive":
+        return found + "repair passed its checks."
     if all(check.passed for check in record.checks):
         return found + "model could not be repaired."
     return found + "repair did not pass its checks."
@@ -224,6 +226,8 @@ def _badge(record: RunRecord) -> tuple[str, str, str]:
         return "bad", "✕", "Not repaired"
     if record.status == "repaired":
         return "good", "✓", "Repaired"
+    if record.status == "inconclusive":
+        return _BADGES["inconclusive"]
     if record.diagnosis.verdict == "not_found":
         return "good", "✓", "Nothing to repair"
     return "warn", "?", "Not repaired"
