@@ -184,19 +184,21 @@ def statuses(setting: str) -> Iterator[str]:
     """What each method says of its own results, and whether that was right."""
     yield f"\n## What the checks say, {setting}\n"
     yield (
-        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | failed "
+        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | inconclusive | failed "
         "| of these ASR at most 5 % and ACC within 2 points |"
     )
-    yield "|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|"
     for method in METHODS:
         cells = [cell for case in CASES for cell in load(setting, method, case)]
-        good = [cell for cell in cells if cell["record"]["status"] == "repaired"]
-        bad = [cell for cell in cells if cell["record"]["status"] == "failed"]
+        good, unsure, bad = (
+            [cell for cell in cells if cell["record"]["status"] == status]
+            for status in ("repaired", "inconclusive", "failed")
+        )
         wrong = sum(cell["after"]["asr"] > 0.1 for cell in good)
         lost = sum(cell["before"]["acc"] - cell["after"]["acc"] > 0.2 for cell in good)
         fine = sum(c["after"]["asr"] <= 0.05 and c["before"]["acc"] - c["after"]["acc"] <= 0.02 for c in bad)
         if cells:
-            yield f"| {method} | {len(good)} | {wrong} | {lost} | {len(bad)} | {fine} |"
+            yield f"| {method} | {len(good)} | {wrong} | {lost} | {len(unsure)} | {len(bad)} | {fine} |"
 
 
 def times() -> Iterator[str]:
@@ -272,7 +274,8 @@ def page() -> str:
         "and 2, and all of `auto`, are older than the check `keeps its answers on other views`, for want of which "
         "methods that learned ten images by heart, and lost what they knew of others, were called repaired; "
         "where it was asked, views with a suspected label counted too, which they do no longer. `auto` with 500 images "
-        "is by the present code; most other cells but those alone are older than the folding of "
+        "is by the present code, but that after an inconclusive scan, which is that of one-shot seed 1 of trojan_sq, "
+        "nothing is called repaired any more; most other cells but those alone are older than the folding of "
         "BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
         "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot.",
     ]

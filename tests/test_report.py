@@ -182,7 +182,7 @@ def failed() -> Record:
     assert record.diagnosis is not None
     return make(
         status="failed",
-        reason="No point of the curve stays within the budget.",
+        reason="no point of the curve stays within the budget",
         selection=record.selection.model_copy(update={"chosen": None}),
         diagnosis=record.diagnosis.model_copy(update={"verdict": "inconclusive"}),
         checks=[Check(name="accuracy within budget", passed=False, detail="drop 9.3 points, budget 2.0")],
@@ -489,6 +489,7 @@ def test_checks_and_numbers_are_written_for_people(pages):
     assert "91.2%" in text
     assert "228 of 250; 95% interval 87.0% to 94.1%" in text
     assert "It fell by 1.6 percentage points." in text
+    assert "No point of the curve stays within the budget." in Page(pages["failed"]).text()
     assert "3 of 3 unlearning runs ended on label 8 (ship)" in text
     assert "seed 1, noise: label 8 (ship)" in text
     assert "At most 1 of 3 unlearning runs ended on the same label" in Page(pages["nothing_to_repair"]).text()

@@ -89,6 +89,7 @@ def template(name: str, **filters: Callable[..., str]) -> "Template":
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "sentence": _sentence,
         "percent": _percent,
         "points": _points,
         "interval": _interval,
@@ -305,6 +306,10 @@ def _spread(counts: list[int]) -> str:
     spread = str(low) if low == high else f"{low} to {high}"
     missing = counts.count(0)
     return f"{spread}; {missing} of {len(counts)} classes have none" if missing else spread
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _percent(share: float | None) -> str:
