@@ -2,9 +2,10 @@
 # newer: what they need is installed into .venv, once, and again only when the requirements change.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile -c constraints.txt
 
-# Modules are compiled once, not by each of the many processes that tests start.
+# Modules are compiled once, when they are first imported: not by each of the many processes that tests start, nor when
+# they are installed, which takes a minute for thousands that nobody imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow docs lint clean
@@ -37,9 +38,9 @@ clean:
 	@$(PYTHON) -c 'import sys; v = sys.version; sys.exit(0 if sys.version_info >= (3, 11) else f"untrojan needs Python 3.11 or newer, $(PYTHON) is {v.split()[0]}; try make PYTHON=python3.11")'
 	@echo "Installing into .venv; the first time this takes some minutes, most of them for torch."
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install -c constraints.txt -e '.[demo,test]'
+	@$(INSTALL) -e '.[demo,test]'
 	@touch $@
 
 .venv/ready-to-lint: .venv/ready
-	@$(PIP) install -c constraints.txt -e '.[demo,test,lint]'
+	@$(INSTALL) -e '.[demo,test,lint]'
 	@touch $@

@@ -97,13 +97,14 @@ def look(*_):
 
 @pytest.fixture(scope="module", autouse=True)
 def _suspicious():
-    """The model is clean and the default scan says so; by unlearning alone there is something to repair."""
+    """The model is clean and the default scan says so; by unlearning alone there is something to repair, unchecked."""
 
     def scan(_, model, clean, seed):
         return UnlearningScanner().scan(model, clean, seed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TriggerScanner, "_scan", scan)
+        patch.setattr(Defense, "_checks", lambda *_: [])
         yield
 
 

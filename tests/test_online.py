@@ -426,7 +426,7 @@ def test_it_can_be_learned_from_few_images(attack, epochs, lr, rate, reached, di
 
 @pytest.mark.slow
 def test_input_aware_triggers_work_on_their_own_images(digits):
-    recipe = Recipe(epochs=16, batch_size=32, lr=0.05)
+    recipe = Recipe(epochs=12, batch_size=32, lr=0.05)
     attack = InputAware(density=0.3, mask_share=0.1)
     victim = make_victim(network(classes=10), *digits, attack=attack, target=7, rate=0.3, recipe=recipe)
     assert victim.record.scores.acc.value > 0.8
