@@ -184,8 +184,8 @@ def statuses(setting: str) -> Iterator[str]:
     """What each method says of its own results, and whether that was right."""
     yield f"\n## What the checks say, {setting}\n"
     yield (
-        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | inconclusive | failed "
-        "| of these ASR at most 5 % and ACC within 2 points |"
+        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | inconclusive "
+        "| failed | of these ASR at most 5 % and ACC within 2 points |"
     )
     yield "|---|---|---|---|---|---|---|"
     for method in METHODS:
@@ -277,8 +277,8 @@ def page() -> str:
         "is by the present code, but that after an inconclusive scan, which is that of one-shot seed 1 of trojan_sq, "
         "nothing is called repaired any more; most other cells but those alone are older than the folding of "
         "BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
-        "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot, whose cell of gtsrb-badnets "
-        "was suspended for some 23 of its 58 minutes.",
+        "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot, whose cell of "
+        "gtsrb-badnets was suspended for some 23 of its 58 minutes.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):

@@ -144,8 +144,8 @@ def repaired() -> Iterator[str]:
     yield f"Half of the test images, or {CLEANS} of CIFAR-10 and GTSRB, were its clean images; others measured it; one"
     yield "seed. Models with a star are older than the present settings of `auto`. On digits of 32x32, but for sig, and"
     yield "of resnet18-8 on signs, they are from before the scan counted perturbations by what they have over other"
-    yield "labels, and warps too; by it, nothing there is named otherwise. That of low-frequency on CIFAR-10 is from before"
-    yield "a repair after an inconclusive scan was called inconclusive, too.\n"
+    yield "labels, and warps too; by it, nothing there is named otherwise. That of low-frequency on CIFAR-10 is from"
+    yield "before a repair after an inconclusive scan was called inconclusive, too.\n"
     yield "| model | scan | named | status | ACC, ASR, RA before | and after | seconds with scan |"
     yield "|---|---|---|---|---|---|---|"
     for name, cell in sorted(rows.items()):
