@@ -18,7 +18,7 @@ test: .venv/ready
 
 # The few tests from end to end that take longer than everything about them.
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 # Writes docs/methods/ anew from the docstrings; a test fails while the two differ.
 docs: .venv/ready

@@ -16,7 +16,7 @@ def _seed():
 
 
 @pytest.fixture
-def no_checks(monkeypatch):
+def no_checks(monkeypatch, short_searches):
     """What is checked before and after is the same for all methods, and takes as long as these do."""
     monkeypatch.setattr("untrojan.defenses.defense._trusted", lambda model, clean, diagnosis, seed: clean)
     monkeypatch.setattr(Defense, "_checks", lambda *_: [])

@@ -14,10 +14,7 @@ from untrojan.mask import Mask
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
-    pytest.mark.usefixtures("short_searches", "no_checks"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
@@ -163,13 +160,13 @@ def test_pruning_weakens_the_backdoor():
     images = clean.floats()
     images[:, :, 6:, 6:] = 1
     others = clean.labels != 7
-    pruned = [ANP(iterations=40).score(net, clean, seed).count(10).bake(net) for seed in range(2)]
+    pruned = [ANP(iterations=40).score(net, clean, seed).count(10).bake(net) for seed in range(3)]
     with torch.no_grad():
         fooled, *still = ((model(images).argmax(1)[others] == 7).float().mean() for model in (net, *pruned))
         right = [(model(clean.floats()).argmax(1) == clean.labels).float().mean() for model in pruned]
     assert fooled > 0.9
-    assert sum(still) / 2 < 0.3
-    assert sum(right) / 2 > 0.6
+    assert sum(still) / 3 < 0.3
+    assert sum(right) / 3 > 0.6
 
 
 def test_alpha_1_needs_no_robustness():

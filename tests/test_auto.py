@@ -66,6 +66,19 @@ def reached(kind, share, elsewhere):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_a_planted_square_loses_its_effect():
+    net, clean = backdoored(TARGET)
+    stamped = with_square(clean)
+    assert (logits(net, stamped).argmax(1) == TARGET).double().mean() > 0.9
+    rest, held = clean.split(0.5, 0)
+    repaired = Auto(rounds=1, search_steps=60).tune(copy.deepcopy(net), rest, held, GIVEN, seed=0)
+    assert (logits(repaired, stamped).argmax(1) == TARGET).double().mean() < 0.1
+    assert correct(repaired, stamped).double().mean() > 0.8
+    assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_two_squares_lose_their_effect_where_the_scan_found_both_labels():
     net, clean = backdoored(TARGET, second=0)
     rest, held = clean.split(0.5, 0)

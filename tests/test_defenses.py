@@ -202,7 +202,10 @@ def listing(folder):
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["fine-tuning", "rnp"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("fine-tuning", "rnp") else pytest.param(name, marks=pytest.mark.slow) for name in DEFENSES],
+)
 def test_saved_files(tmp_path, name):
     repair = done(name)
     folder = tmp_path / "deep" / "er" / "run"

@@ -15,10 +15,7 @@ from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
-    pytest.mark.usefixtures("short_searches", "no_checks"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 STILL = {"epochs": 1, "lr": 1e-12, "weight_decay": 0}

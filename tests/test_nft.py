@@ -16,10 +16,7 @@ from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
-    pytest.mark.usefixtures("short_searches", "no_checks"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 

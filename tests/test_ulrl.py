@@ -17,10 +17,7 @@ from untrojan.record import Diagnosis, Target, UnlearningRun
 from untrojan.registry import make
 from untrojan.scanners.unlearning import Unlearned, UnlearningScanner
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"),
-    pytest.mark.usefixtures("short_searches", "no_checks"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 RUN = UnlearningRun(seed=0, images=32, reached=True, label=0, share=1, trace=[])

@@ -24,6 +24,8 @@ from untrojan.registry import discover
 from untrojan.report import finding
 from untrojan.writing import RECORD, REPORT
 
+EXIT_CODES = {"repaired": 0, "nothing_to_repair": 0, "inconclusive": 2, "failed": 2}
+
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))
 @run_options("auto", "See `untrojan methods`.")
@@ -55,7 +57,7 @@ def repair(
     record = as_called(done.record, ctx)
     replace(done, record=record).save(out, force)
     click.echo((out / RECORD).read_text("utf-8") if as_json else printable(_summary(record, out)), nl=not as_json)
-    return 2 if record.status in ("failed", "inconclusive") else 0
+    return EXIT_CODES[record.status]
 
 
 def _summary(record: Record, out: Path) -> str:

@@ -103,7 +103,6 @@ def keeps_answers(
         One check; none where the original is sure of hardly any view.
     """
     generator = new_generator(seed + 3)
-    suspected = torch.tensor(diagnosis.suspects, dtype=torch.int64)
 
     def view(images: Tensor, generator: torch.Generator) -> Tensor:
         return varied(mixed(shifted(images, generator), generator), generator)
@@ -112,7 +111,8 @@ def keeps_answers(
     for images, labels in clean.draws(AT_ONCE, VIEWS // AT_ONCE, generator, view):
         seen = CleanSet(images, labels)
         sure, said = logits(model, seen).softmax(1).max(1)
-        agreed.append((logits(repaired, seen).argmax(1) == said)[(sure > SURE) & ~torch.isin(said, suspected)])
+        suspected = torch.isin(said, said.new_tensor(diagnosis.suspects))
+        agreed.append((logits(repaired, seen).argmax(1) == said)[(sure > SURE) & ~suspected])
     same = torch.cat(agreed)
     if len(same) < SURE_VIEWS:
         return []
