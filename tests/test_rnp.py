@@ -16,7 +16,7 @@ from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import make
 from untrojan.scanners.unlearning import UnlearningScanner
 
-pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
+pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
@@ -172,6 +172,7 @@ def test_pruning_takes_the_backdoor():
     assert fooled > 0.9
     assert still < 0.2
     assert repair.record.diagnosis.targets[0].label == 7
+    assert repair.record.checks[0].name == "keeps clean accuracy"
 
 
 def test_released_needs_a_rule():
