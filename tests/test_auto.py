@@ -94,6 +94,7 @@ def test_two_squares_lose_their_effect_where_the_scan_found_both_labels():
     assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.05
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_with_a_target_for_every_class_patches_are_unlearned_and_checked():
     net, clean = build("batchnorm"), make_clean()
@@ -112,6 +113,7 @@ def test_running_statistics_stay():
     assert any(not torch.equal(one, other) for one, other in zip(net.parameters(), repaired.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_rounds_and_updates_are_told_as_they_go(capsys):
     net, clean = build("batchnorm"), make_clean()

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from sklearn.datasets import load_digits
+from tiny import digits
 
 import untrojan.cli.options
 import untrojan.cli.repair
@@ -118,9 +118,7 @@ def stub(monkeypatch):
 def site(tmp_path_factory):
     """A folder with a small trained model and clean images for it."""
     folder = tmp_path_factory.mktemp("site")
-    digits = load_digits()
-    images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
-    labels = torch.tensor(digits.target)
+    images, labels = digits().images, digits().labels
     torch.manual_seed(0)
     net = build(NET)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)

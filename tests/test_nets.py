@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from tiny import make_clean
+from tiny import digits, make_clean
 from torch import nn
 
 from untrojan.errors import ConfigError
@@ -280,11 +280,7 @@ def test_built_in_name_wins_over_a_module(tmp_path, monkeypatch):
 
 
 def test_digits_net_learns_the_digits_in_seconds():
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target)
+    images, labels = digits().images, digits().labels
     torch.manual_seed(0)
     net = build("digits-cnn").train()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)

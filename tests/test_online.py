@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from tiny import Snapshot
+from tiny import Snapshot, digits
 from torch.nn import functional
 
 from untrojan.data import CleanSet
@@ -387,11 +386,8 @@ def test_interrupted_and_resumed_it_ends_the_same(attack, tmp_path, monkeypatch)
     assert torch.equal(resumed.attack.trigger(before), whole.attack.trigger(before))
 
 
-@pytest.fixture(scope="module")
-def digits():
-    pixels, labels = load_digits(return_X_y=True)
-    images = CleanSet(torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8), torch.from_numpy(labels))
-    return images.take(range(700)), images.take(range(1200, 1500))
+def few_and_others():
+    return digits().take(range(700)), digits().take(range(1200, 1500))
 
 
 @pytest.mark.parametrize(
@@ -404,11 +400,11 @@ def digits():
     ],
     ids=lambda each: getattr(each, "name", None),
 )
-def test_it_can_be_learned_from_few_images(attack, epochs, lr, rate, reached, digits, tmp_path):
+def test_it_can_be_learned_from_few_images(attack, epochs, lr, rate, reached, tmp_path):
     """The trigger, which nobody has without the attack, sends digits to 7; clean digits stay what they are."""
     recipe = Recipe(epochs=epochs, batch_size=32, lr=lr)
     options = {"attack": attack, "target": 7, "rate": rate, "recipe": recipe}
-    victim = make_victim(network(classes=10), *digits, **options)
+    victim = make_victim(network(classes=10), *few_and_others(), **options)
     record = victim.record
     assert record.scores.asr.value >= reached
     assert record.scores.acc.value > 0.9
@@ -421,17 +417,18 @@ def test_it_can_be_learned_from_few_images(attack, epochs, lr, rate, reached, di
         given = describe(attack) | {"weights": tmp_path / "out" / ATTACK}
         spec = f"{attack.name}:" + ",".join(f"{name}={value}" for name, value in given.items())
         opened = parse(spec, "untrojan.lab.attacks", Attack)
-        assert evaluate(victim.model, digits[1], opened, 7).asr == record.scores.asr
+        assert evaluate(victim.model, few_and_others()[1], opened, 7).asr == record.scores.asr
 
 
 @pytest.mark.slow
-def test_input_aware_triggers_work_on_their_own_images(digits):
+def test_input_aware_triggers_work_on_their_own_images():
     recipe = Recipe(epochs=12, batch_size=32, lr=0.05)
     attack = InputAware(density=0.3, mask_share=0.1)
-    victim = make_victim(network(classes=10), *digits, attack=attack, target=7, rate=0.3, recipe=recipe)
+    victim = make_victim(network(classes=10), *few_and_others(), attack=attack, target=7, rate=0.3, recipe=recipe)
     assert victim.record.scores.acc.value > 0.8
     assert victim.record.scores.asr.value > 0.4  # from 0.50 to 0.94 over seeds
-    images = digits[1].take(digits[1].labels != 7).floats()
+    clean = few_and_others()[1]
+    images = clean.take(clean.labels != 7).floats()
     others = images.roll(1, 0)
     networks = victim.attack.network(1)
     with torch.no_grad():

@@ -18,6 +18,8 @@ from untrojan.scanners.unlearning import UnlearningScanner
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
 
+unchecked = pytest.mark.usefixtures("no_checks")
+
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
 
@@ -42,6 +44,7 @@ def changed_of(repair):
     return torch.cat([torch.isin(torch.arange(len(x.values)), torch.tensor(x.changed)) for x in repair.record.layers])
 
 
+@unchecked
 @pytest.mark.parametrize("variant", ["fixed", "released"])
 @pytest.mark.parametrize("threshold", [-0.5, 0, 0.33])
 def test_threshold_prunes_scores_at_or_below_it(variant, threshold):
@@ -57,6 +60,7 @@ def test_threshold_prunes_scores_at_or_below_it(variant, threshold):
     assert repair.record.after.held_out == (variant == "fixed")
 
 
+@unchecked
 @pytest.mark.parametrize("variant", ["fixed", "released"])
 def test_threshold_0_prunes_the_fully_masked(variant):
     """The masks again, by hand: what ended at 0 is pruned, and negative scores are nothing else."""
@@ -72,6 +76,7 @@ def test_threshold_0_prunes_the_fully_masked(variant):
         assert value.min() >= 0
 
 
+@unchecked
 def test_only_scales_are_zeroed_and_running_statistics_shared():
     net, clean = few_digits()
     repair = rnp(select="count", count=9).repair(net, clean, GIVEN)
@@ -124,6 +129,7 @@ def test_recovery_written_out(clean):
     assert ((flat > 0) & (flat < 1)).any()
 
 
+@unchecked
 @pytest.mark.parametrize("count", [0, 1, 40, 112])
 def test_count_prunes_the_lowest_scores(count):
     net, clean = few_digits()
@@ -140,6 +146,7 @@ def test_count_beyond_the_network():
         rnp(select="count", count=113).repair(net, clean, GIVEN)
 
 
+@unchecked
 @pytest.mark.parametrize("budget", [0.01, 0.05, 0.5])
 def test_budget_takes_the_last_cut_before_the_first_excess(budget):
     net, clean = few_digits()
@@ -212,6 +219,7 @@ def test_a_floor_that_is_not_reached_warns_and_delivers(variant):
     assert len(repair.record.warnings) == (3 if variant == "fixed" else 1)
 
 
+@unchecked
 @pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize("given", [GIVEN, pytest.param(None, marks=pytest.mark.slow)], ids=["given", "looked"])
 @pytest.mark.parametrize("fields", [{"unlearn_lr": 1e30}, {"recover_lr": 1e30}], ids=["unlearn", "recover"])
@@ -223,6 +231,7 @@ def test_divergence_does_not_crash(name, given, fields, clean):
     assert repair.record.status in ("repaired", "failed", "nothing_to_repair")
 
 
+@unchecked
 @pytest.mark.parametrize("name", UNLIKE)
 @pytest.mark.parametrize(("count", "batch_size"), [(4, 128), (9, 8), (17, 4), (33, 16), (13, 3), (7, 2)])
 def test_few_images(name, count, batch_size):
@@ -248,6 +257,7 @@ def test_nothing_to_mask():
         rnp().repair(net, make_clean(), GIVEN)
 
 
+@unchecked
 def test_order_of_the_images_in_the_record():
     """Before and after are counted over every image once, whatever the folds."""
     net, clean = few_digits()

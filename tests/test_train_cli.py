@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+from tiny import digits
 
 from untrojan.cli import run
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord
@@ -20,17 +20,17 @@ CHECKPOINT = ".out.training.safetensors"
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    pixels, labels = load_digits(return_X_y=True)
+def data(tmp_path_factory):
+    few = digits().take(range(600))
     path = tmp_path_factory.mktemp("data") / "digits.npz"
-    np.savez(path, images=(pixels[:600] / 16).reshape(-1, 1, 8, 8), labels=labels[:600])
+    np.savez(path, images=few.images, labels=few.labels)
     return path
 
 
 @pytest.fixture
-def command(tmp_path, digits):
+def command(tmp_path, data):
     def arguments(*options, out=tmp_path / "out"):
-        given = ("lab", "train", "--net", "digits-cnn", "--data", digits, "--epochs", 6, "--batch-size", 32)
+        given = ("lab", "train", "--net", "digits-cnn", "--data", data, "--epochs", 6, "--batch-size", 32)
         attack = ("--attack", "badnets:size=2", "--target", 7)
         return [*map(str, (*given, *attack, "--out", out, *options))]
 
@@ -61,12 +61,12 @@ def test_a_victim(command, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["asr"]["value"] > 0.9
 
 
-def test_a_trigger_that_was_learned_is_written_too_and_can_be_measured(tmp_path, digits, capsys):
-    given = ["lab", "train", "--net", "digits-cnn", "--data", digits, "--attack", "lira:eps=0.1,lr=0.01", "--target=7"]
+def test_a_trigger_that_was_learned_is_written_too_and_can_be_measured(tmp_path, data, capsys):
+    given = ["lab", "train", "--net", "digits-cnn", "--data", data, "--attack", "lira:eps=0.1,lr=0.01", "--target=7"]
     assert run([*map(str, given), "--epochs=3", "--batch-size=64", "--out", str(tmp_path / "out"), "--json"]) in (0, 2)
     record = json.loads(capsys.readouterr().out)
     learned = tmp_path / "out" / ATTACK
-    images = ["--net", "digits-cnn", "--test", digits, "--target=7", "--json"]
+    images = ["--net", "digits-cnn", "--test", data, "--target=7", "--json"]
     spec = f"lira:eps=0.1,weights={learned}"
     assert run([*map(str, ["evaluate", tmp_path / "out" / MODEL, *images, "--attack", spec])]) == 0
     assert json.loads(capsys.readouterr().out)["asr"]["value"] == pytest.approx(
@@ -85,8 +85,8 @@ def test_an_attack_that_did_not_take(command, tmp_path, capsys):
     assert (tmp_path / "out" / MODEL).is_file()
 
 
-def test_a_clean_model_on_test_images_of_its_own(tmp_path, digits, capsys):
-    given = ["lab", "train", "--net", "digits-cnn", "--data", digits, "--test", digits, "--epochs=2", "--out"]
+def test_a_clean_model_on_test_images_of_its_own(tmp_path, data, capsys):
+    given = ["lab", "train", "--net", "digits-cnn", "--data", data, "--test", data, "--epochs=2", "--out"]
     assert run([*map(str, given), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("trained: no attack was asked for\nACC ")
     record = VictimRecord.load(tmp_path / "out" / RECORD)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import Image
+from tiny import digits
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -306,11 +307,7 @@ class TestTrain:
             train(linear(), two_kinds(), epochs=50, seed=0, lr=1e30)
 
     def test_a_poisoned_net_is_backdoored_and_a_clean_one_is_not(self):
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        digits = CleanSet(torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8), torch.from_numpy(labels))
-        training, test = digits.split(0.3, seed=0)
+        training, test = digits().split(0.3, seed=0)
         torch.manual_seed(0)
         net = build("digits-cnn")
         for rate, low, high in ((0.1, 0.95, 1), (0, 0, 0.05)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+from tiny import digits
 
 from untrojan.cli import run
 from untrojan.data import CleanSet
@@ -46,8 +46,7 @@ NAMES = [f"digits/cnn/{attack}/{seed}" for seed in (0, 1) for attack in ("clean"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("zoo")
-    pixels, labels = load_digits(return_X_y=True)
-    images = (pixels / 16).reshape(-1, 1, 8, 8)
+    images, labels = digits().images, digits().labels
     np.savez(made / "train.npz", images=images[:400], labels=labels[:400])
     np.savez(made / "test.npz", images=images[400:600], labels=labels[400:600])
     (made / "zoo.toml").write_text(FILE.format(folder=made))

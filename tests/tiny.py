@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -190,16 +189,22 @@ class Payload:
 
 
 @cache
+def digits():
+    """The 1797 handwritten digits of scikit-learn, which takes two seconds to import."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return CleanSet(torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8), torch.from_numpy(labels))
+
+
+@cache
 def backdoored(target, second=None):
     """A network on digits that says `target` where a 2x2 corner is white, and 300 clean digits.
 
     With a second target, it says that where the opposite corner is white.
     """
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
+    order = torch.randperm(len(digits()), generator=torch.Generator().manual_seed(0))
+    images, labels = digits().images[order], digits().labels[order]
     clean = CleanSet(images[1200:1500], labels[1200:1500])
     images[:120, :, 6:, 6:], labels[:120] = 1, target
     if second is not None:
