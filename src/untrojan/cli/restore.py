@@ -7,7 +7,7 @@ import click
 from untrojan.cli.options import require_writable
 from untrojan.defenses.defense import CHANGES, REPAIRED
 from untrojan.errors import ConfigError, RecordError
-from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.files import read_state, save_state, state_sha256
 from untrojan.sources.undo import restore as undo
 
 
@@ -24,7 +24,7 @@ def restore(folder: Path, out: Path, force: bool) -> int:
     require_writable(out)
     if missing := [name for name in (REPAIRED, CHANGES) if not (folder / name).is_file()]:
         raise RecordError(f"{folder} has no {' and no '.join(missing)}; expected a folder that `untrojan repair` wrote")
-    original = undo(Checkpoint.read(folder / REPAIRED).tensors, folder / CHANGES)
+    original = undo(read_state(folder / REPAIRED)[0], folder / CHANGES)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     save_state(out, original)
     click.echo(f"wrote {out}, the original weights with state {state_sha256(original)}")

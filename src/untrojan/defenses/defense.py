@@ -33,7 +33,7 @@ from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
-from untrojan.sources.files import Checkpoint, save_state, state_sha256
+from untrojan.sources.files import Checkpoint, save_state, state_sha256, unprefixed
 from untrojan.sources.undo import save_changes
 from untrojan.speed import faster, lay_out, layout_of
 from untrojan.writing import RECORD, REPORT, sha256, staged, write_atomic
@@ -298,6 +298,7 @@ def _states(
     before, after = tensors_of(model), tensors_of(repaired)
     if source is None:
         return _copies(before), _copies(after)
+    before, after = unprefixed(before), unprefixed(after)
     finest = {name: _finest(before[name], value) for name, value in source.tensors.items()}
     child = {
         name: torch.where(after[name].cpu() == before[name].cpu(), finest[name], after[name].cpu().to(value.dtype))

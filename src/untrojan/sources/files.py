@@ -11,7 +11,7 @@ import json
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -77,25 +77,31 @@ class Checkpoint:
             wrapper, tensors = _state_dict(path, loaded)
             _refuse_odd_tensors(path, tensors, len(data))
         container = f"{kind}, under {wrapper!r}" if wrapper else kind
-        return cls(str(path), sha256(data), _without_prefix(tensors), container)
+        return cls(str(path), sha256(data), unprefixed(tensors), container)
 
     def into(self, net: nn.Module) -> nn.Module:
         """Load the tensors into `net` in place.
 
-        A missing `num_batches_tracked` is tolerated; floating types are converted to the network's.
+        A missing `num_batches_tracked` is tolerated; floating types are converted to the network's. A network may be
+        wrapped, so that all of its own names begin with `module.` or `_orig_mod.`.
 
         Returns:
             `net` itself, in evaluation mode.
 
         Raises:
-            ModelError: Names, shapes or types differ, or a value is NaN or infinite; all is listed at once.
+            ModelError: Names, shapes or types differ, or a value is NaN or infinite; all is listed at once. Or the
+                network is not initialized yet.
         """
-        expected = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+        if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in net.state_dict().values()):
+            raise ModelError("the network has lazy layers; run it on one batch of images, so that they get a shape")
+        own = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+        expected = unprefixed(own)
         if problems := _misfits(expected, self.tensors):
             raise ModelError(
                 "\n".join([f"{self.path} does not fit the network:", *problems, *_hints(expected, self.tensors)])
             )
-        net.load_state_dict(self.tensors, strict=False)
+        prefix = _prefix(own)
+        net.load_state_dict({prefix + name: value for name, value in self.tensors.items()}, strict=False)
         return net.eval()
 
 
@@ -141,6 +147,17 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 # Changes
+
+
+def unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state dict without the `module.` or `_orig_mod.` that wrappers put in front of all names.
+
+    Example:
+        >>> sorted(unprefixed({"module.weight": torch.ones(1), "module.bias": torch.ones(1)}))
+        ['bias', 'weight']
+    """
+    length = len(_prefix(tensors))
+    return {name[length:]: tensor for name, tensor in tensors.items()}
 
 
 def octets(tensor: Tensor) -> Tensor:
@@ -271,6 +288,8 @@ def _zipped_pickle(path: str | Path, data: bytes) -> io.BytesIO:
             raise ModelError(f"cannot read {path}: it is a zip archive that torch.save did not write")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ModelError(f"cannot read {path}: its entries are compressed, which torch.save never does")
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ModelError(f"cannot read {path}: its entries claim more than the file holds")
         return io.BytesIO(archive.read(pickles[0]))
 
 
@@ -289,7 +308,10 @@ def _state_dict(path: str | Path, loaded: object) -> tuple[str, dict[str, Tensor
         raise ModelError(f"{path} holds a {type(loaded).__name__}; expected a state dict: names and their tensors")
     found = dict(_state_dicts(loaded, ()))
     if not found:
-        keys = enumerated((str(key) for key in dict.keys(loaded)), ", ") or "nothing"
+        keys = (
+            enumerated((key if isinstance(key, str) else type(key).__name__ for key in dict.keys(loaded)), ", ")
+            or "nothing"
+        )
         raise ModelError(f"{path} holds no tensors by name; at its top are: {keys}")
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} state dicts, under {' and '.join(found)}; expected one by itself")
@@ -323,11 +345,14 @@ def _refuse_odd_tensors(path: str | Path, tensors: Mapping[str, Tensor], size: i
         raise ModelError(f"{path} claims tensors that are larger than the file: {enumerated(hollow, ', ')}")
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            return _without_prefix({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return tensors
+def _prefix(names: Collection[str]) -> str:
+    """The `PREFIXES`, one after the other, that all names begin with."""
+    prefix = ""
+    while longer := [
+        prefix + each for each in PREFIXES if names and all(name.startswith(prefix + each) for name in names)
+    ]:
+        prefix = longer[0]
+    return prefix
 
 
 def _misfits(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list[str]:
