@@ -116,6 +116,11 @@ KINDS = ["parquet", "shards", "saved", "saved splits", "folder", "npz"]
 
 
 class TestConstructor:
+    def test_names_that_utf_8_cannot_hold(self):
+        images, labels = made()
+        clean = CleanSet(images, labels, ["caf\udce9", "b", "c"], "caf\udce9")
+        assert (clean.class_names[0], clean.path) == ("caf\\udce9", "caf\\udce9")
+
     def test_keeps_uint8(self):
         images, labels = made()
         clean = CleanSet(images, labels.int(), NAMES, "here")
@@ -535,6 +540,19 @@ class TestParquet:
         write_parquet(tmp_path / "b.parquet", cells, labels)
         assert len(CleanSet.load(tmp_path)) == 8
 
+    @pytest.mark.parametrize(
+        ("train", "test"),
+        [
+            ("train-00000-of-00001-a09b74b3ef9c3b56", "test-00000-of-00001-0f5c2a31d9be7aef"),
+            ("cifar10-train", "cifar10-test"),
+        ],
+    )
+    def test_train_is_told_from_test_however_shards_are_named(self, tmp_path, train, test):
+        cells, labels = self.cells()
+        write_parquet(tmp_path / f"{train}.parquet", cells, labels)
+        write_parquet(tmp_path / f"{test}.parquet", cells[:1], labels[:1])
+        assert len(CleanSet.load(tmp_path)) == len(cells)
+
     def test_splits_without_train(self, tmp_path):
         cells, labels = self.cells()
         write_parquet(tmp_path / "test-0.parquet", cells, labels)
@@ -767,6 +785,15 @@ class TestOf:
         images, labels = made(600)
         items = Items([turn(image) for image in images], labels.tolist())
         assert CleanSet.of(items).sha256 == CleanSet(images, labels).sha256
+
+    def test_bfloat16(self):
+        images, labels = torch.rand(4, 1, 4, 4).bfloat16(), torch.arange(4)
+        assert CleanSet.of(TensorDataset(images, labels)).sha256 == CleanSet.of((images, labels)).sha256
+
+    def test_an_image_that_breaks_off_when_it_is_read(self):
+        whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+        with pytest.raises(DataError, match="item 0: cannot decode the image"):
+            CleanSet.of(Items([Image.open(io.BytesIO(whole[: len(whole) // 2]))], [0]))
 
     def test_gray_array(self):
         images, labels = made(channels=1)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import io
 import json
 import os
@@ -100,6 +101,19 @@ def test_kind_follows_from_content_not_from_the_name(tmp_path, state):
 def test_common_prefix_is_removed(tmp_path, state, prefix):
     file = saved(tmp_path / "a.pt", {prefix + name: value for name, value in state.items()})
     assert Checkpoint.read(file).tensors.keys() == state.keys()
+
+
+def test_a_very_long_prefix_is_removed_too(tmp_path):
+    save_state(tmp_path / "a.safetensors", {"module." * 3000 + "a": torch.zeros(1)})
+    assert Checkpoint.read(tmp_path / "a.safetensors").tensors.keys() == {"a"}
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_takes_the_weights_too(tmp_path, state, wrap):
+    wrapped = wrap(TinyNet())
+    assert Checkpoint.read(saved(tmp_path / "a.pt", state)).into(wrapped) is wrapped
+    assert same({name.partition(".")[2]: value for name, value in wrapped.state_dict().items()}, state)
+    assert same(Checkpoint.read(saved(tmp_path / "b.pt", wrapped.state_dict())).into(TinyNet()).state_dict(), state)
 
 
 def test_prefix_of_some_names_stays(tmp_path):
@@ -411,6 +425,12 @@ def test_missing_batch_counter_is_tolerated(tmp_path, state):
     assert net.fc.weight.equal(state["fc.weight"])
 
 
+def test_a_lazy_network_is_told_what_it_needs(tmp_path, state):
+    file = saved(tmp_path / "a.pt", state)
+    with pytest.raises(ModelError, match="lazy layers; run it on one batch"):
+        Checkpoint.read(file).into(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_named(tmp_path, state, value):
     state["fc.bias"][1] = value
@@ -430,6 +450,46 @@ def test_other_precision_becomes_the_networks(tmp_path, state, dtype):
     net = Checkpoint.read(saved(tmp_path / "a.pt", other)).into(TinyNet())
     assert net.fc.weight.dtype == torch.float32
     assert net.fc.weight.equal(other["fc.weight"].float())
+
+
+# Files that are small and ask for much
+
+
+def zipped(path, pickled, *copies):
+    """A torch file with this pickle, and with more entries that all are the same bytes of it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", bytes(1000))
+        for name in copies:
+            entry = copy.copy(archive.getinfo("archive/data/0"))
+            entry.filename = f"archive/data/{name}"
+            archive.filelist.append(entry)
+    return path
+
+
+def test_entries_that_share_their_bytes(tmp_path):
+    file = zipped(tmp_path / "a.pt", pickle.dumps({}, 2), *range(1, 9))
+    with pytest.raises(ModelError, match="its entries claim more than the file holds"):
+        Checkpoint.read(file)
+
+
+@pytest.mark.parametrize("again", [b"h\x01h\x01\x86q\x01", b"h\x012\x86q\x01", b"(h\x01h\x01tq\x01"])
+def test_tuples_that_would_take_hours_to_hash(tmp_path, again):
+    file = zipped(tmp_path / "a.pt", b"\x80\x02)q\x01" + 60 * again + b"}h\x01K\x01s.")
+    with pytest.raises(ModelError, match="holds tuples of more than 100,000 values"):
+        Checkpoint.read(file)
+
+
+def test_bytes_that_double_each_time(tmp_path):
+    first = b"\x80\x02c_codecs\nencode\nq\x01h\x01X\x02\0\0\0aaX\x06\0\0\0latin1\x86Rq\x02"
+    file = zipped(tmp_path / "a.pt", first + 60 * b"h\x01h\x02X\x09\0\0\0hex_codec\x86Rq\x02" + b"}.")
+    with pytest.raises(UnsafeFileError, match=r"asks for _codecs\.encode"):
+        Checkpoint.read(file)
+
+
+def test_tuples_of_any_honest_size_are_fine(tmp_path, state):
+    beside = {"sizes": tuple(torch.Size((2, 3)) for _ in range(2000)), "pairs": (((1, 2), 3),) * 500}
+    assert same(Checkpoint.read(saved(tmp_path / "a.pt", {"net": state} | beside)).tensors, state)
 
 
 # Hash and writing
@@ -487,6 +547,14 @@ def test_saving_where_nothing_can_be_written(tmp_path, state):
 
 
 # Both together
+
+
+def test_loading_again_normalizes_once(tmp_path):
+    net, image = nn.Sequential(nn.Linear(1, 1)), torch.rand(2, 1, 1, 1)
+    file = saved(tmp_path / "a.pt", net.state_dict())
+    once = load(file, net, (0.5,), (0.25,))(image)
+    assert torch.equal(load(file, net, (0.5,), (0.25,))(image), once)
+    assert not torch.equal(load(file, net)(image), once)
 
 
 def test_load_builds_reads_and_normalizes_under_the_same_keys(tmp_path):

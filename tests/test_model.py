@@ -142,6 +142,13 @@ def test_logits_that_are_not_finite(clean):
         logits(Returns(lambda x: x.flatten(1)[:, :4] / 0), clean)
 
 
+def test_as_many_channels_as_means():
+    gray = torch.rand(2, 1, 4, 4)
+    with pytest.raises(ModelError, match="expected images of 3 channels, as many as means, got 1"):
+        Normalize((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))(gray)
+    assert Normalize((0.5,), (0.5,))(gray.expand(-1, 3, -1, -1)).shape == (2, 3, 4, 4)
+
+
 def test_normalize():
     images = torch.rand(2, 3, 4, 4)
     net = Normalize((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))

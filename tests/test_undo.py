@@ -6,10 +6,15 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Payload
+from tiny import GIVEN, Payload, build, make_clean
+from torch import nn
 
+from untrojan.cli import run
+from untrojan.defenses.defense import REPAIRED
+from untrojan.defenses.fine_tuning import FineTuning
 from untrojan.errors import RecordError
-from untrojan.sources.files import save_state, state_sha256
+from untrojan.sources import load
+from untrojan.sources.files import Checkpoint, save_state, state_sha256, unprefixed
 from untrojan.sources.undo import restore, save_changes
 
 BITS = st.sampled_from([0x00000000, 0x80000000, 0x7FC00000, 0x7FC00001, 0xFFC12345, 0x7F800001, 0x3F800000])
@@ -17,6 +22,23 @@ BITS = st.sampled_from([0x00000000, 0x80000000, 0x7FC00000, 0x7FC00001, 0xFFC123
 
 def floats(bits):
     return torch.tensor(np.array(bits, dtype=np.uint32).view(np.int32)).view(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+@pytest.mark.usefixtures("no_checks")
+@pytest.mark.parametrize("from_file", [False, True])
+def test_the_repair_of_a_wrapped_network_is_undone(tmp_path, from_file):
+    net, clean = nn.DataParallel(build("batchnorm")), make_clean()
+    save_state(tmp_path / "net.safetensors", net.state_dict())
+    source = Checkpoint.read(tmp_path / "net.safetensors") if from_file else None
+    repair = FineTuning(epochs=2).repair(net, clean, GIVEN, source=source)
+    repair.save(tmp_path / "run")
+    assert repair.record.values_changed
+    again = load(tmp_path / "run" / REPAIRED, nn.DataParallel(build("batchnorm", seed=1)))
+    assert state_sha256(again.state_dict()) == state_sha256(repair.model.state_dict())
+    assert run(["restore", str(tmp_path / "run"), "--out", str(tmp_path / "original.safetensors")]) == 0
+    original = Checkpoint.read(tmp_path / "original.safetensors").tensors
+    assert state_sha256(original) == state_sha256(unprefixed(net.state_dict()))
 
 
 @settings(max_examples=100, deadline=None)

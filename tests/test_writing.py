@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from untrojan.writing import sha256, write_atomic
+from untrojan.writing import sha256, staged, write_atomic
 
 
 def test_write_atomic(tmp_path):
@@ -38,6 +38,32 @@ def test_write_atomic_onto_a_folder(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_atomic(tmp_path / "file", b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """Another writes the same file while the first waits for the disk."""
+    path, fsync = tmp_path / "file", os.fsync
+
+    def other_writes(number):
+        monkeypatch.setattr(os, "fsync", fsync)
+        fsync(number)
+        write_atomic(path, b"other")
+        assert path.read_bytes() == b"other"
+
+    monkeypatch.setattr(os, "fsync", other_writes)
+    write_atomic(path, b"first")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("file", b"first")]
+
+
+@pytest.mark.parametrize("where", ["link/new", "there/inner/..", "dangling"])
+def test_a_run_goes_where_links_and_dots_lead(tmp_path, where):
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "dangling").symlink_to(tmp_path / "not-there")
+    with staged(tmp_path / where, force=True) as made:
+        (made / "record.json").write_bytes(b"{}")
+    assert (tmp_path / where / "record.json").read_bytes() == b"{}"
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_sha256():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from untrojan.augmentation import Augment
-from untrojan.errors import ConfigError, DataError
+from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.readers import channels_first, check_alike, open_rows, pixels, stack, to_tensor
 
 Numbers = Tensor | np.ndarray
@@ -64,7 +64,9 @@ class CleanSet:
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
         if self.class_names is not None:
-            object.__setattr__(self, "class_names", tuple(self.class_names))
+            object.__setattr__(self, "class_names", tuple(utf8(name) for name in self.class_names))
+        if self.path is not None:
+            object.__setattr__(self, "path", utf8(self.path))
 
     @classmethod
     def load(
@@ -514,7 +516,8 @@ def _image_and_label(item: Any, name: str) -> tuple[np.ndarray, int]:
     if isinstance(image, np.ndarray) and image.ndim == 3:
         return image.transpose(2, 0, 1), label
     if isinstance(image, Tensor) and image.ndim == 3:
-        return image.detach().cpu().numpy(), label
+        image = image.detach().cpu()
+        return (image.float() if image.dtype == torch.bfloat16 else image).numpy(), label
     raise DataError(
         f"{name}: expected a tensor (C, H, W), a Pillow image or an array (H, W, C), "
         f"got {type(image).__name__} of shape {tuple(getattr(image, 'shape', ()))}"

@@ -81,6 +81,16 @@ def plain(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def utf8(text: str) -> str:
+    r"""Text that UTF-8 can hold, which names of files need not be.
+
+    Example:
+        >>> print(utf8("caf\udce9"))
+        caf\udce9
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def enumerated(texts: Iterable[str], separator: str) -> str:
     """The first twenty of many texts from an untrusted file, and how many more there are.
 

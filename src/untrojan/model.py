@@ -46,6 +46,8 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `(N, C, H, W)` in [0, 1] to normalized ones of the same shape."""
+        if len(self.mean) not in (1, images.shape[1]):
+            raise ModelError(f"expected images of {len(self.mean)} channels, as many as means, got {images.shape[1]}")
         return (images - self.mean) / self.std
 
 

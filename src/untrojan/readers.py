@@ -31,6 +31,7 @@ T = TypeVar("T")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif"}
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF")
 _SPLITS = {"train", "test", "validation", "val", "valid", "dev"}
+_NUMBERED = re.compile(r"[-_.]?\d+([-_]of[-_]\d+([-_.][0-9a-f]{8,})?)?$")
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _NPZ_PAIRS = (("images", "labels"), ("x", "y"), ("image", "label"))
@@ -160,12 +161,16 @@ def pixels(image: Image.Image, name: str) -> np.ndarray:
         name: What an error calls it.
 
     Raises:
-        DataError: The image has transparency, CMYK colors or more than 8 bits.
+        DataError: The image has transparency, CMYK colors or more than 8 bits, or cannot be decoded.
 
     Example:
         >>> pixels(Image.new("RGB", (4, 2)), "row 0").shape
         (3, 2, 4)
     """
+    try:
+        image.load()
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise DataError(f"{name}: cannot decode the image: {error}") from error
     if image.mode == "1":
         image = image.convert("L")
     elif image.mode == "P" and not image.has_transparency_data:
@@ -277,7 +282,8 @@ def _open_folder(path: Path) -> Rows:
 def _one_split(shards: list[Path], path: Path) -> list[Path]:
     groups: dict[str, list[Path]] = {}
     for shard in shards:
-        groups.setdefault(re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?$", "", shard.stem), []).append(shard)
+        name = _NUMBERED.sub("", shard.stem)
+        groups.setdefault(next((part for part in re.split("[-_.]", name) if part in _SPLITS), name), []).append(shard)
     if len(groups) == 1 or not _SPLITS & groups.keys():
         return shards
     return _train_split(groups, path)
@@ -413,7 +419,9 @@ def _open_dataset(dataset: Any, where: str) -> Rows:
             rows = chosen[start : start + _ROWS_AT_A_TIME].tolist()
             for row, cell in zip(rows, cells[rows].column(image).to_pylist(), strict=True):
                 name = f"{where} row {row}"
-                yield name, _decode_cell(cell, name)
+                with _reading(Path(name)):
+                    decoded = _decode_cell(cell, name)
+                yield name, decoded
 
     return Rows(labels, lambda chosen: stack(named(chosen), len(chosen)), _class_names(features[label]))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import UntrojanWarning
+from untrojan.errors import UntrojanWarning, utf8
 from untrojan.record import CleanInfo, ModelInfo
 from untrojan.sources.files import Checkpoint, state_sha256
 
@@ -49,7 +49,7 @@ def model_info(
         source: The file that it came from, if any.
     """
     return ModelInfo(
-        path=source.path if source else None,
+        path=utf8(source.path) if source else None,
         sha256=source.sha256 if source else None,
         state_sha256=state_sha256(state),
         architecture=type(model).__name__,

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,9 @@ def sha256(data: bytes) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either what it held before or all of it, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -55,12 +56,12 @@ def staged(folder: str | Path, force: bool) -> Iterator[Path]:
     Raises:
         ConfigError: The destination is not empty and `force` is not set.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     require_free(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder if folder.is_dir() else folder.parent
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
-        made = Path(partial) / folder.name
+        made = Path(partial) / "run"
         made.mkdir()
         yield made
         _move(made, folder)

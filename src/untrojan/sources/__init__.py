@@ -23,7 +23,8 @@ def load(
 
     Args:
         weights: A safetensors file, a torch file with a state dict, or one that was read already.
-        net: A network by name (:func:`untrojan.sources.nets.build`), or an object, which is filled in place.
+        net: A network by name (:func:`untrojan.sources.nets.build`), or an object, which is filled in place. How it was
+            loaded before does not matter.
         mean: What is subtracted from images in [0, 1] per channel, where the network was trained that way.
         std: What they are divided by then, per channel; comes with `mean`.
 
@@ -49,6 +50,9 @@ def load(
     normalize = Normalize(mean, std) if mean is not None and std is not None else None
     checkpoint = weights if isinstance(weights, Checkpoint) else Checkpoint.read(weights)
     filled = checkpoint.into(build(net) if isinstance(net, str) else net)
+    for key, hook in [*filled._forward_pre_hooks.items()]:
+        if isinstance(hook, partial) and hook.func is _normalize_first:
+            del filled._forward_pre_hooks[key]
     if normalize is not None:
         filled.register_forward_pre_hook(partial(_normalize_first, normalize))
     return filled

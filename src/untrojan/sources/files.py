@@ -19,6 +19,7 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from untrojan.errors import ModelError, UnsafeFileError, UntrojanError, cause, enumerated
 from untrojan.sources.pickles import refuse_unsafe
@@ -92,7 +93,7 @@ class Checkpoint:
             ModelError: Names, shapes or types differ, or a value is NaN or infinite; all is listed at once. Or the
                 network is not initialized yet.
         """
-        if any(isinstance(each, nn.parameter.UninitializedTensorMixin) for each in net.state_dict().values()):
+        if any(is_lazy(each) for each in net.state_dict().values()):
             raise ModelError("the network has lazy layers; run it on one batch of images, so that they get a shape")
         own = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
         expected = unprefixed(own)

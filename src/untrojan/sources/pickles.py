@@ -2,19 +2,23 @@
 
 Before a pickle reaches torch's tensors-only reader, its instructions are listed, and a single name that is not needed
 for tensors is enough to refuse the file. The list of such names is untrojan's own: nothing that calls
-`torch.serialization.add_safe_globals` elsewhere in the process widens it.
+`torch.serialization.add_safe_globals` elsewhere in the process widens it. The instructions also tell of tuples that
+hold each other so often that to hash one would never end.
 """
 
 import contextlib
 import io
 import pickletools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from untrojan.errors import ModelError, UnsafeFileError, enumerated
+
+Instruction = tuple[pickletools.OpcodeInfo, Any]
 
 _HARMLESS = frozenset(
     {
@@ -33,7 +37,6 @@ _HARMLESS = frozenset(
         "torch.device",
         "torch.storage.UntypedStorage",
         "torch.storage.TypedStorage",
-        "_codecs.encode",
         "builtins.set",
         "builtins.bytearray",
         "__builtin__.set",
@@ -42,6 +45,8 @@ _HARMLESS = frozenset(
     | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype | torch.qscheme)}
 )
 _STORAGE = re.compile(r"torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage")
+_HEAVIEST = 100_000
+_MARK = -1
 _NOT_DENSE = {
     "torch._utils._rebuild_sparse_tensor": "sparse",
     "torch._utils._rebuild_qtensor": "quantized",
@@ -59,7 +64,7 @@ def refuse_unsafe(path: str | Path, pickles: Iterable[io.BytesIO]) -> None:
 
     Raises:
         UnsafeFileError: They need more than tensors; the text names what they ask for.
-        ModelError: They hold tensors that are not dense.
+        ModelError: They hold tensors that are not dense, or tuples of tuples without end.
 
     Example:
         >>> import os, pickle
@@ -67,7 +72,8 @@ def refuse_unsafe(path: str | Path, pickles: Iterable[io.BytesIO]) -> None:
         Traceback (most recent call last):
         untrojan.errors.UnsafeFileError: net.pt needs more than tensors to be read, and nothing of it was run: ...
     """
-    named = dict.fromkeys(name for file in pickles for name in _globals(file))
+    listed = [_instructions(file) for file in pickles]
+    named = dict.fromkeys(name for instructions in listed for name in _globals(instructions))
     known = _HARMLESS | _NOT_DENSE.keys()
     if unsafe := [name for name in named if name not in known and not _STORAGE.fullmatch(name)]:
         raise UnsafeFileError(
@@ -83,26 +89,73 @@ def refuse_unsafe(path: str | Path, pickles: Iterable[io.BytesIO]) -> None:
             f"{path} holds {' and '.join(odd)} tensors; expected dense ones: save `tensor.to_dense()` "
             "or `tensor.dequantize()` instead"
         )
+    if any(_heaviest(instructions) > _HEAVIEST for instructions in listed):
+        raise ModelError(f"{path} holds tuples of more than {_HEAVIEST:,} values, counted as often as they are used")
 
 
-def _globals(file: io.BytesIO) -> list[str]:
-    """Every `module.name` that the next pickle in `file` would import, also where it breaks off later."""
+def _instructions(file: io.BytesIO) -> list[Instruction]:
+    """The instructions of the next pickle in `file`, as far as it is sound."""
+    listed: list[Instruction] = []
+    with contextlib.suppress(Exception):  # a broken pickle is torch's to report
+        listed.extend((opcode, argument) for opcode, argument, _ in pickletools.genops(file))
+    return listed
+
+
+def _globals(instructions: Iterable[Instruction]) -> list[str]:
+    """Every `module.name` that a pickle would import."""
     found: list[str] = []
     pushed = ["", ""]
     memo: dict[int, str] = {}
-    with contextlib.suppress(Exception):  # a broken pickle is torch's to report
-        for opcode, argument, _ in pickletools.genops(file):
-            match opcode.name:
-                case "GLOBAL" | "INST":
-                    found.append(str(argument).replace(" ", ".", 1))
-                case "STACK_GLOBAL":
-                    found.append(".".join(pushed[-2:]))
-                case "MEMOIZE":
-                    memo[len(memo)] = pushed[-1]
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(str(argument))] = pushed[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
-                    pushed.append(memo.get(int(str(argument)), ""))
-                case _ if isinstance(argument, str):
-                    pushed.append(argument)
+    for opcode, argument in instructions:
+        match opcode.name:
+            case "GLOBAL" | "INST":
+                found.append(str(argument).replace(" ", ".", 1))
+            case "STACK_GLOBAL":
+                found.append(".".join(pushed[-2:]))
+            case "MEMOIZE":
+                memo[len(memo)] = pushed[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[int(str(argument))] = pushed[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                pushed.append(memo.get(int(str(argument)), ""))
+            case _ if isinstance(argument, str):
+                pushed.append(argument)
     return found
+
+
+def _heaviest(instructions: Iterable[Instruction]) -> int:
+    """How many values the largest tuple of a pickle has, with those of tuples in it, each as often as it is used."""
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    heaviest = 0
+    with contextlib.suppress(IndexError, KeyError):  # a pickle that breaks off here
+        for opcode, argument in instructions:
+            match opcode.name:
+                case "MARK":
+                    stack.append(_MARK)
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[int(str(argument))] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[int(str(argument))])
+                case "DUP":
+                    stack.append(stack[-1])
+                case "POP":
+                    stack.pop()
+                case _:
+                    taken = _taken(stack, opcode.stack_before)
+                    is_tuple = opcode.name.startswith("TUPLE") or opcode.name == "REDUCE"
+                    stack += [1 + sum(taken) if is_tuple else 1] * len(opcode.stack_after)
+                    heaviest = max(heaviest, *stack[-1:], 0)
+    return heaviest
+
+
+def _taken(stack: list[int], wanted: Sequence[pickletools.StackObject]) -> list[int]:
+    """Take from the stack what an instruction takes: so many values, or all down to the mark and so many below."""
+    taken: list[int] = []
+    if pickletools.markobject in wanted:
+        while (value := stack.pop()) != _MARK:
+            taken.append(value)
+        wanted = wanted[: wanted.index(pickletools.markobject)]
+    return taken + [stack.pop() for _ in wanted]
