@@ -1,5 +1,7 @@
 """Where a trigger sends images: what counts as there, how sure that is, and which share gets there."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,15 @@ def test_of_many_at_once_as_of_each(aim):
     several = torch.stack([OUT, OUT.flip(0)])
     for what in (aim.sent, aim.probability, aim.margin):
         assert torch.equal(what(several, LABELS), torch.stack([what(each, LABELS) for each in several]))
+
+
+@pytest.mark.parametrize("aim", [Aim(0), Aim(None)])
+def test_an_image_of_which_the_logits_tell_nothing_is_nowhere(aim):
+    out, labels = torch.full((1, 3), math.nan), torch.tensor([1])
+    assert not aim.sent(out, labels).any()
+    assert not aim.sent(torch.tensor([[math.inf, 0.0, 0.0]]), labels).any()
+    assert aim.probability(out, labels).tolist() == [0]
+    assert aim.margin(out, labels).tolist() == [-math.inf]
 
 
 @pytest.mark.parametrize("aim", [Aim(1), Aim(None)])

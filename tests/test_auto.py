@@ -223,6 +223,13 @@ def test_a_trigger_that_may_be_spread_is_met_by_changes_and_distractions():
     assert not any(torch.equal(carrier, image) for carrier, image in zip(carriers[:48], images[:48], strict=True))
 
 
+def test_of_two_images_none_is_left_for_a_patch():
+    made = triggers()
+    made.weigh([reached("perturbation", 0.9, 0.9), reached("warp", 0.8, 0.1), reached("recoloring", 0.1, 0.3)], True)
+    images = torch.rand(2, 3, 8, 8)
+    assert made.put_on(images, torch.zeros(2, dtype=torch.int64), Falls(False)).shape == images.shape
+
+
 @pytest.mark.parametrize("local", [True, False])
 def test_a_patch_that_was_recovered_is_met_by_patches(local):
     made = triggers()

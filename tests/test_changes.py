@@ -85,6 +85,25 @@ def test_strength_is_never_exceeded_and_reached_by_climbing(kind):
         assert torch.allclose(size(made), strengths)
 
 
+class Rough(Shine):
+    """Says the same, but has no slope by the first image."""
+
+    def forward(self, images):
+        out = super().forward(images)
+        return torch.cat([out[:1] + (0 * images[:1]).sum().sqrt(), out[1:]])
+
+
+@kinds
+def test_where_there_is_no_slope_a_change_stays_and_the_others_climb(kind):
+    made, smooth = (kind(SHAPE, torch.full((2,), 0.2), generator()) for _ in range(2))
+    before, images = made.values.clone(), torch.rand(16, *SHAPE)
+    for each, model in ((made, Rough()), (smooth, Shine())):
+        each.climb(model, images, torch.zeros(16, dtype=torch.int64), Aim(1))
+    assert torch.equal(made.values[0], before[0])
+    assert torch.equal(made.values[1], smooth.values[1])
+    assert not torch.equal(made.values[1], before[1])
+
+
 @pytest.mark.parametrize("kind", [Perturbations, Recolorings])
 def test_climbing_sends_images_to_the_label(kind):
     images = 0.5 * torch.rand(64, *SHAPE) + 0.25

@@ -180,6 +180,23 @@ def test_a_share_counts_beyond_its_noise(share, passed):
     assert _at_most(0.5, share, clean, Aim(1)) == passed
 
 
+@pytest.mark.parametrize(
+    ("others", "share", "passed"), [(1, 0.0, False), (3, 0.0, False), (4, 0.75, True), (4, 1, False)]
+)
+def test_a_share_passes_only_where_all_of_the_images_would_not(others, share, passed):
+    clean = CleanSet(torch.zeros(others + 9, 1, 4, 4), (torch.arange(others + 9) >= others).long())
+    assert _at_most(0.5, share, clean, Aim(1)) == passed
+
+
+@triggers
+@pytest.mark.usefixtures("short_searches")
+def test_too_few_images_do_not_pass_and_are_told(check):
+    done = check(FallsForSquare(), FallsForSquare(0.0), make_dark(6), GIVEN, 0)
+    assert not done.passed
+    assert "too few images of other classes to tell, 3: give more clean images" in done.detail
+    assert "too few" not in check(FallsForSquare(), FallsForSquare(0.0), make_dark(8), GIVEN, 0).detail
+
+
 class Brightest(torch.nn.Module):
     """Says which quarter of the rows is the brightest, the surer the larger the factor."""
 
@@ -253,7 +270,9 @@ class Doubles(Defense):
 
 
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
-@pytest.mark.parametrize(("count", "asked"), [(8, True), (120, False)])
-def test_other_views_are_asked_for_where_few_images_judge(count, asked):
-    names = [check.name for check in Doubles().repair(Brightest(), bright_rows(count), GIVEN).record.checks]
+@pytest.mark.parametrize(("count", "turned", "asked"), [(8, 0, True), (120, 0, False), (120, 1, True)])
+def test_other_views_are_asked_for_where_few_images_judge_or_the_original_is_wrong(count, turned, asked):
+    clean = bright_rows(count)
+    clean = CleanSet(clean.images, (clean.labels + turned) % 4)
+    names = [check.name for check in Doubles().repair(Brightest(), clean, GIVEN).record.checks]
     assert ("keeps its answers on other views" in names) == asked

@@ -642,9 +642,10 @@ def test_out_may_be_an_empty_folder_or_lie_in_one_that_is_not_there(command, tal
 
 def test_class_names_cannot_steer_the_terminal(command, talk, stub, tmp_path):
     images = image_folder(tmp_path / "images", [1] * 10)
-    (images / "class-1").rename(images / "class-1\x1b[2J")
+    (images / "class-1").rename(images / "class-1\x1b[2J\nNo backdoor found")
     _, out, _ = talk(command("--method", "stub", "--end", "repaired", clean=images))
-    assert "label 1 (class-1\\x1b[2J)" in out
+    assert "label 1 ('class-1\\x1b[2J\\nNo backdoor found')" in out
+    assert "No backdoor found" not in out.splitlines()
     (images / "class-3" / "0.png").write_bytes(b"no image")
     (images / "class-3").rename(images / "class-3\x1b[2J")
     code, _, err = talk(command("--method", "stub", "--end", "repaired", "--force", clean=images))

@@ -1,6 +1,7 @@
 import copy
 import errno
 import random
+from collections import OrderedDict
 from functools import cache
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning,
 from untrojan.model import correct, logits
 from untrojan.record import Record
 from untrojan.registry import describe, make
+from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.undo import restore
 
@@ -239,6 +241,23 @@ def test_source_gives_keys_and_types(tmp_path, clean):
     assert same(restore(child, tmp_path / "run" / "changes.safetensors"), source.tensors)
 
 
+@pytest.mark.usefixtures("no_checks")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_judged_is_what_a_file_of_a_coarser_type_will_hold(tmp_path, clean, wrapped):
+    net = build("batchnorm")
+    tensors = {key: value.bfloat16() if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    save_state(tmp_path / "half.safetensors", tensors)
+    source = Checkpoint.read(tmp_path / "half.safetensors")
+    net = source.into(net)
+    if wrapped:
+        net = nn.Sequential(OrderedDict(module=net))
+    repair = make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]).repair(net, clean, GIVEN, source=source)
+    repair.save(tmp_path / "run")
+    child = Checkpoint.read(tmp_path / "run" / "repaired.safetensors")
+    assert repair.record.values_changed > 0
+    assert torch.equal(logits(child.into(build("batchnorm")), clean), logits(repair.model, clean))
+
+
 def test_what_is_saved_is_what_came_out(tmp_path, clean):
     net = build("batchnorm")
     repair = make(RNP, QUICK["rnp"]).repair(net, clean, GIVEN)
@@ -407,15 +426,22 @@ def test_after_an_inconclusive_scan_nothing_is_called_repaired(clean):
 
 def test_a_method_that_changes_nothing_warns():
     with pytest.warns(NoEffectWarning, match="rude changed nothing: the method changed nothing"):
-        repair = rude("nothing")
+        repair = rude("nothing", train(build("batchnorm"), make_clean()))
     assert (repair.record.status, repair.record.reason) == ("failed", "the method changed nothing")
     assert repair.record.warnings == ["rude changed nothing: the method changed nothing"]
     assert (repair.record.units_total, repair.record.layers, repair.record.selection) == (0, [], None)
 
 
+@pytest.mark.parametrize("given", [GIVEN, None], ids=["given", "scanned"])
+def test_a_model_that_is_right_by_chance_is_told_once(clean, given, monkeypatch):
+    monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: GIVEN)
+    told = Rude(rule="nothing").repair(build("batchnorm"), clean, given).record.warnings
+    assert sum(text.startswith("the model is right on 8 of 32 clean images, which may be chance") for text in told) == 1
+
+
 def test_warnings_reach_the_caller_and_the_record():
     with pytest.warns(UnreliableWarning) as caught:
-        repair = rude("warn")
+        repair = rude("warn", train(build("batchnorm"), make_clean()))
     texts = [str(warning.message) for warning in caught]
     assert texts == repair.record.warnings
     assert texts[:2] == ["first", "second"]

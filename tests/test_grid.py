@@ -18,6 +18,7 @@ from grids import NET, SPOILS, Here, make_grid, pretend, save_images
 from PIL import Image
 from tiny import make_clean
 
+import untrojan.cli.bench
 from untrojan.cli import run as command
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab.cell import CellRecord
@@ -288,6 +289,17 @@ def test_whatever_goes_wrong_in_a_cell_is_its_answer(moved, tmp_path):
     assert work(Job(cell, "{}")).text is None
 
 
+@pytest.mark.parametrize("name", ["clean.npz", "test.npz"])
+def test_images_that_changed_since_the_grid_was_started_are_not_used(moved, tmp_path, name):
+    cell = only(moved)
+    scan = work(Job(cell, None)).text if name == "test.npz" else None
+    save_images(tmp_path / name, make_clean(count=44, shape=(1, 8, 8)))
+    answer = work(Job(cell, scan))
+    assert answer.text is None
+    assert f"{tmp_path / name} has changed since the grid was started; start it again" in answer.error
+    assert work(Job(only(moved), scan)).error is None
+
+
 def test_a_record_has_an_outcome_or_an_error(cells):
     with pytest.raises(RecordError, match="an outcome or an error"):
         CellRecord.of(cells[0])
@@ -387,9 +399,9 @@ def test_the_command_plans_runs_and_skips(moved, tmp_path, capsys):
     assert "1 cells, 1 to run, and 1 scans" in told
     assert not out.exists()
     assert command(call) == 0
-    assert "1 cells: 1 done now, 0 were there, 0 failed now" in capsys.readouterr().out
+    assert "1 cells: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
     assert command(call) == 0
-    assert "1 cells: 0 done now, 1 were there, 0 failed now" in capsys.readouterr().out
+    assert "1 cells: 0 done now, 1 were there, 0 failed\n" in capsys.readouterr().out
 
 
 def test_the_command_says_what_failed(moved, tmp_path, capsys):
@@ -398,6 +410,21 @@ def test_the_command_says_what_failed(moved, tmp_path, capsys):
     told = capsys.readouterr().out
     (path,) = re.findall(r"failed: (.*)", told)
     assert "hint: the file has 4 classes" in loaded(Path(path))["error"]
+
+
+def test_the_command_says_what_failed_earlier(moved, tmp_path, capsys, monkeypatch):
+    path = cell_path(tmp_path / "out", only(moved).key)
+    path.parent.mkdir(parents=True)
+    path.write_text(CellRecord.of(only(moved), error="Traceback: on purpose").to_json())
+    monkeypatch.setattr(untrojan.cli.bench, "Processes", lambda _: Here(work=pretend))
+    call = ["bench", "run", str(moved), "--out", str(tmp_path / "out"), "-q"]
+    assert command(call) == 2
+    told = capsys.readouterr().out
+    assert "1 cells: 0 done now, 0 were there, 1 failed\n" in told
+    assert f"failed earlier: {path}; remove it to run the cell again\n" in told
+    path.unlink()
+    assert command(call) == 0
+    assert "1 cells: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

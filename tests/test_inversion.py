@@ -1,5 +1,7 @@
 """A universal perturbation finds the backdoor, and loses its effect where the backdoor is gone."""
 
+import math
+
 import pytest
 import torch
 from tiny import NETS, UNLIKE, Snapshot, build, make_clean
@@ -65,3 +67,9 @@ def test_projection_is_the_nearest_point_of_the_ball(norm):
         other = torch.randn(3, 4, 4)
         other = other * norm / other.abs().sum()
         assert (values - projected).norm() <= (values - other).norm() + 1e-5
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_projection_leaves_what_is_not_finite_to_be_found(odd):
+    values = torch.tensor([[[1.0, odd]]])
+    assert torch.equal(_onto_l1_ball(values, 0.5).isfinite(), values.isfinite())

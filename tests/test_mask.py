@@ -6,7 +6,7 @@ from tiny import NETS, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.errors import ConfigError, ModelError
-from untrojan.mask import HeldOut, Mask, budget, curve_point, sweep
+from untrojan.mask import HeldOut, Mask, budget, curve_point, norm_after, sweep
 from untrojan.model import correct, mode
 
 UNITS = ("neuron", "filter", "weight")
@@ -48,6 +48,18 @@ def test_call_is_bake_bit_for_bit(net, unit, training):
         masked = outputs(mask.call, net, batch())
         assert torch.equal(masked, outputs(mask.bake(net), batch()))
         assert not torch.equal(masked, outputs(copy.deepcopy(net), batch()))
+
+
+@unit
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_keep_their_type(unit, dtype):
+    net = build("batchnorm").to(dtype)
+    mask = randomly(Mask.ones(net, unit)).map(lambda value: value.requires_grad_())
+    masked = mask.call(net, batch().to(dtype))
+    assert masked.dtype == dtype
+    assert torch.equal(masked, outputs(mask.bake(net), batch().to(dtype)))
+    gradients = torch.autograd.grad(masked.square().mean(), list(mask.values.values()))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
 @unit
@@ -229,3 +241,37 @@ def test_curve_point():
     half = 1.96 * torch.tensor([0.0, 1, 1, -1]).std(correction=0).item() / 2
     assert (point.drop_low, point.drop_high) == pytest.approx((0.25 - half, 0.25 + half))
     assert curve_point(scores, scores.count(0), before, right).pruned == 0
+
+
+class PreActivation(nn.Module):
+    """Normalizes before it convolves, and adds its input to what comes out, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.norm, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, maps):
+        out = self.conv(self.norm(maps))
+        if not self.in_place:
+            return out + maps
+        out += maps
+        return out
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_changed_in_place_does_not_go_straight_into_a_normalization(in_place):
+    blocks = [PreActivation(in_place) for _ in range(2)]
+    last = nn.ReLU(in_place), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(384, 4)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *blocks, nn.Conv2d(6, 6, 1), *last).eval()
+    assert norm_after(net, batch()) == {"0": "1.norm"}
+
+
+def test_normalization_is_found_in_inference_mode_too():
+    with torch.inference_mode():
+        assert norm_after(build("batchnorm"), batch()) == {"0": "1", "3": "4"}
+
+
+def test_normalization_is_found_by_what_runs():
+    pairs = {name: norm_after(build(name), batch()) for name in ("batchnorm", "plain", "groupnorm", "convnext")}
+    assert pairs == {"batchnorm": {"0": "1", "3": "4"}, "plain": {}, "groupnorm": {"0": "1"}, "convnext": {"1": "2"}}

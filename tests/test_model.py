@@ -1,5 +1,6 @@
 import contextlib
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from tiny import CLASSES, NETS, Returns, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
 from untrojan.model import (
     Normalize,
     check,
@@ -17,6 +18,7 @@ from untrojan.model import (
     mode,
     require,
     seeded,
+    warn_of_chance,
 )
 
 
@@ -190,3 +192,15 @@ def test_the_table_of_tiny_nets_is_deterministic():
 def test_a_negative_seed_is_refused():
     with pytest.raises(ConfigError, match="expected a seed of at least 0, got -1"), seeded(-1):
         pass
+
+
+@pytest.mark.parametrize(("right", "warned"), [(0, True), (10, True), (15, True), (17, False), (40, False)])
+def test_a_model_that_is_right_no_more_often_than_by_chance_is_told(right, warned):
+    said = torch.arange(40) % 4
+    images = nn.functional.one_hot(said, 4).float().view(40, 4, 1, 1)
+    clean = CleanSet(images, torch.where(torch.arange(40) < right, said, (said + 1) % 4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_chance(Returns(lambda images: images.flatten(1)), clean)
+    assert [each.category for each in told] == [UnreliableWarning] * warned
+    assert all(f"is right on {right} of 40 clean images" in str(each.message) for each in told)

@@ -243,6 +243,13 @@ def test_a_mask_that_does_not_work_is_no_anomaly(monkeypatch):
         assert recovered(monkeypatch, found).label == 1
 
 
+def test_where_no_mask_works_the_one_that_reaches_most_is_taken(monkeypatch):
+    found = triggers([9.0, 8, 11, 10], success=0.5)
+    found[2] = found[2]._replace(success=0.7)
+    with pytest.warns(UnreliableWarning, match="no label has a patch that works; that of label 2 reaches the most"):
+        assert recovered(monkeypatch, found).label == 2
+
+
 @pytest.mark.parametrize("augment", ["none", "crop-flip"])
 def test_unlearning_written_out(clean, augment):
     net = build("batchnorm")

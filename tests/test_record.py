@@ -146,11 +146,27 @@ def test_records_from_before_patches_read_as_ever(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "label", "text"), [(None, 1, "1"), (["a", "b"], 1, "1 (b)"), (["a"], 1, "1"), (["a"], -1, "-1")]
+    ("names", "label", "text"),
+    [
+        (None, 1, "1"),
+        (["a", "b"], 1, "1 (b)"),
+        (["a"], 1, "1"),
+        (["a"], -1, "-1"),
+        (["a", "b\nNo backdoor"], 1, r"1 ('b\nNo backdoor')"),
+    ],
 )
 def test_a_label_for_people(names, label, text):
     clean = RECORD.clean.model_copy(update={"class_names": names})
     assert SCAN.model_copy(update={"clean": clean}).label(label) == text
+
+
+def test_json_is_printable_whatever_a_name_holds():
+    names = ["caf\xe9", "\x9b2J\x7f\u202e", "\U0001f600"]
+    record = SCAN.model_copy(update={"clean": RECORD.clean.model_copy(update={"class_names": names})})
+    text = record.to_json()
+    assert (text.isascii(), text.replace("\n", "").isprintable()) == (True, True)
+    assert ScanRecord.model_validate_json(text) == record
+    assert json.loads(text)["clean"]["class_names"] == names
 
 
 def changed(**fields):

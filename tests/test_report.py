@@ -43,6 +43,7 @@ from untrojan.report.sarif import sarif
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SECTIONS = ["verdict", "before-after", "target", "pruning", "masks", "settings", "reproduce", "limits"]
 SECTIONS_OF_A_SCAN = ["verdict", "target", "settings", "reproduce", "limits"]
+SARIF_SYNTAX = "[safe](https://example.org) {0} \\ \n\u202e"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"' $$x$$ \u202e"
 
 
@@ -176,6 +177,14 @@ def clean_model() -> Record:
     )
 
 
+def not_held_out() -> Record:
+    """One image per class: the method was fitted on the images that measure it."""
+    return make(
+        before=Accuracy(accuracy=Rate.of(10, 10), held_out=False),
+        after=Accuracy(accuracy=Rate.of(9, 10), held_out=False),
+    )
+
+
 def failed() -> Record:
     record = make()
     assert record.selection is not None
@@ -269,6 +278,8 @@ def reaching(*far: float, known: int = 0, kind: str = "patch") -> Diagnosis:
     )
 
 
+TWO = reaching(1.5, 0.1, 1.3, *[0.1] * 7)
+TWO = TWO.model_copy(update={"triggers": [TWO.triggers[0].model_copy(update={"label": label}) for label in (0, 2)]})
 ALL_TO_ALL = reaching(1.5, *[0.1] * 9).model_copy(
     update={"triggers": [reaching(1.5, *[0.1] * 9).triggers[0].model_copy(update={"label": None})]}
 )
@@ -313,6 +324,7 @@ def hostile_scan() -> ScanRecord:
 VARIANTS = {
     "repaired": make,
     "nothing_to_repair": clean_model,
+    "not_held_out": not_held_out,
     "failed": failed,
     "no_images": lambda: make(diagnosis=Diagnosis(verdict="inconclusive", rule="no images", targets=[], runs=[])),
     "classes_43": lambda: make(classes=43),
@@ -342,6 +354,7 @@ CHARTS = {
     "scan_hostile": {"reaches", "patches", "forgetting", "surviving"},
     "repaired": {"shares", "forgetting", "surviving", "pruning", "masks"},
     "nothing_to_repair": {"shares", "forgetting", "surviving"},
+    "not_held_out": {"shares", "forgetting", "surviving", "pruning", "masks"},
     "failed": {"shares", "forgetting", "surviving", "pruning", "masks"},
     "no_images": {"pruning", "masks"},
     "classes_43": {"shares", "forgetting", "surviving", "pruning", "masks"},
@@ -500,6 +513,63 @@ def test_checks_and_numbers_are_written_for_people(pages):
     assert "No point of the curve was acceptable" in failing
     assert "run 2 did not reach the accuracy floor" in failing
     assert "not measured" in failing
+
+
+def test_images_that_the_method_was_fitted_on_are_not_called_held_out(pages):
+    page = Page(pages["not_held_out"])
+    text = page.text()
+    assert not re.search("held.out", text)
+    assert "hold-out" not in text
+    assert "hold-out" not in page.data["plots"]
+    assert "Accuracy is the share of clean images that get their label, of those that the method was fitted on." in text
+    assert "accuracy is measured on 10 that the method was fitted on" in text
+    assert "On the images that it was fitted on it keeps" in text
+    assert "With 10 images, an accuracy of 100.0% is known only to lie between 72.2% and 100.0%." in text
+    held = Page(pages["repaired"])
+    assert "250 held out to measure accuracy" in held.text()
+    assert "With 250 held-out images, an accuracy" in held.text()
+    assert "hold-out accuracy" in held.data["plots"]
+
+
+def test_a_method_that_did_not_run_changed_nothing(pages):
+    text = Page(pages["nothing_to_repair"]).text()
+    assert "Nothing: the method did not run, and the model is as it came." in text
+    assert "The method changes weights" not in text
+
+
+def colors(page: Page, chart: str) -> dict[str, str]:
+    """The color of each bar of a chart, by its name."""
+
+    def sources(part):
+        if isinstance(part, dict):
+            if part.get("name") == "ColumnDataSource":
+                yield dict(part["attributes"]["data"]["entries"])
+            part = list(part.values())
+        if isinstance(part, list):
+            for each in part:
+                yield from sources(each)
+
+    plots = json.loads(page.data["plots"])
+    (source,) = sources(plots["figures"][chart])
+    return {name: plots["colors"][color] for name, color in zip(source["name"], source["color"], strict=True)}
+
+
+@pytest.mark.parametrize("chart", ["reaches", "shares"])
+@pytest.mark.parametrize(
+    ("diagnosis", "bad", "key"),
+    [
+        (REACHED, {"8 ship"}, "suspected target"),
+        (TWO, {"0 airplane", "2 bird"}, "suspected targets"),
+        (ALL_TO_ALL, set(), None),
+    ],
+    ids=["one", "two", "all-to-all"],
+)
+def test_charts_mark_the_labels_of_the_verdict(diagnosis, bad, key, chart):
+    page = Page(page_of(scanned(diagnosis)))
+    assert {name for name, color in colors(page, chart).items() if color == "bad"} == bad
+    keys = [text for tag, text in page.texts if tag == "body" and text.startswith("suspected")]
+    assert keys == [key] * 2 if key else not keys
+    assert page.text().count("other labels") >= 1 if key else "other classes" not in page.text()
 
 
 def test_command_can_be_copied_or_is_said_to_be_python(pages):
@@ -720,6 +790,19 @@ def test_a_finding_in_sarif():
     assert len(result["properties"]["scores"]) == 10
     assert run["invocations"][0]["commandLine"] == record.command
     assert run["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"] == "few images"
+
+
+def test_a_class_name_is_neither_a_link_nor_a_placeholder_in_sarif():
+    names = [SARIF_SYNTAX] * 10
+    record = scanned(FOUND, clean=make().clean.model_copy(update={"class_names": names}), warnings=[SARIF_SYNTAX])
+    text = sarif(record)
+    assert re.fullmatch(r"[ -~\n]*", text)
+    run = log_of(record)["runs"][0]
+    warning = run["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"]
+    assert warning == "\\[safe\\](https://example.org) {{0}} \\\\ \n\\\\u202e"
+    for message in (warning, run["results"][0]["message"]["text"]):
+        assert r"\[safe\](https://example.org) {{0}} " in message
+        assert not re.search(r"(?<!\\)[\[\]]", message)
 
 
 def test_no_finding_and_an_open_question_in_sarif():

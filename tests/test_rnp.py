@@ -241,6 +241,22 @@ def test_few_images(name, count, batch_size):
     assert repair.record.before.accuracy.total == count
 
 
+@unchecked
+@pytest.mark.parametrize(("variant", "count"), [("fixed", 2), ("fixed", 3), ("released", 33)])
+def test_no_batch_holds_a_single_image(variant, count):
+    classes = min(count, CLASSES)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, classes)).eval()
+    method = rnp(variant=variant, select="count", count=1, batch_size=32, unlearn_epochs=1, recover_epochs=1)
+    assert method.repair(net, make_clean(count, classes), GIVEN).record.units_changed == 1
+
+
+def test_one_image_alone_is_shown_twice():
+    clean = make_clean().take([5])
+    ((images, labels),) = rnp().batches(clean, torch.Generator().manual_seed(0), "plain")
+    assert torch.equal(images, clean.floats().repeat(2, 1, 1, 1))
+    assert labels.tolist() == [1, 1]
+
+
 def test_no_backdoor_changes_nothing():
     net, clean = few_digits()
     nothing = Diagnosis(verdict="not_found", rule="given", targets=[], runs=[])

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny import Counts, RaisesAt, Snapshot, backdoored, build, digits, make_clean
+from tiny import Counts, RaisesAt, Returns, Snapshot, backdoored, build, digits, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -451,6 +451,24 @@ def test_model_and_random_state_stay_after_a_screening(clean):
     assert first.table() == second.table()
     assert first.record.diagnosis == UNKNOWN
     assert isinstance(first, Screening)
+
+
+def test_random_state_stays_though_the_model_draws_numbers(clean):
+    net = build("batchnorm")
+    noisy = Returns(lambda images: net(images) + torch.rand(1))
+    before = Snapshot(noisy)
+    screen(noisy, clean, clean, detectors=[Strip(blends=1)], diagnosis=UNKNOWN)
+    before.assert_same()
+
+
+def test_names_of_classes_may_be_more_than_the_model_has(clean):
+    named = CleanSet(clean.images, clean.labels, ("a", "b\nlabel 2", "c", "d", "e"))
+    done = screen(build("plain"), named, clean, detectors=[Strip(blends=1)], diagnosis=UNKNOWN).record
+    assert (done.model.classes, done.clean.per_class, done.suspects.per_class) == (4, [8] * 4, [8] * 4)
+    assert done.label(1) == r"1 ('b\nlabel 2')"
+    suspects = make_clean(classes=5)
+    with pytest.raises(DataError, match="go up to 4, but the model has 4 classes, 0 to 3"):
+        screen(build("plain"), named, suspects, detectors=[Strip(blends=1)], diagnosis=UNKNOWN)
 
 
 def test_a_path_is_streamed(folder):

@@ -131,7 +131,7 @@ def test_warnings_reach_the_record_and_the_caller(clean, monkeypatch):
 
     monkeypatch.setattr(TriggerScanner, "_scan", scan)
     with pytest.warns(UnreliableWarning, match="on purpose"):
-        assert untrojan.scan(build("plain"), clean).warnings == ["on purpose"]
+        assert untrojan.scan(Shortcut(), clean).warnings == ["on purpose"]
 
 
 def test_saved_scan(clean, tmp_path):

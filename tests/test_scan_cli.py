@@ -88,7 +88,7 @@ def talk(capsys):
     ],
 )
 def test_exit_code_follows_the_verdict(command, talk, stub, tmp_path, verdict, code, words):
-    came, out, err = talk(command("--verdict", verdict))
+    came, out, err = talk(command("--verdict", verdict, "--quiet"))
     assert (came, err) == (code, "")
     assert out.startswith(words)
     assert all(str(tmp_path / "out" / name) in out for name in FILES)
@@ -120,7 +120,7 @@ def test_record_tells_all_about_the_scan(command, talk, tmp_path, method):
 
 def test_printed_json_and_sarif_are_the_files(command, talk, stub, tmp_path):
     for option, name in (("--json", RECORD), ("--sarif", SARIF)):
-        code, out, err = talk(command(option, "--force"))
+        code, out, err = talk(command(option, "--force", "--quiet"))
         assert (code, err) == (1, "")
         assert out == (tmp_path / "out" / name).read_text()
     jsonschema.Draft4Validator(SCHEMA).validate(json.loads(out))

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,8 @@ from tiny import backdoored
 
 import untrojan.scanners.samples
 from untrojan.cli import run
-from untrojan.record import Diagnosis, Target
+from untrojan.cli.screen import _summary
+from untrojan.record import Diagnosis, Rate, Target, Trigger
 from untrojan.report.screening import render
 from untrojan.scanners.samples import ScreeningRecord
 from untrojan.scanners.triggers import TriggerScanner
@@ -157,10 +159,25 @@ def test_the_page_shows_the_images(page, site):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
         assert np.array_equal(pixels, (held[int(index), 0] * 255).round())
     assert "Backdoor found in the model" in text
-    assert "Suspected target label: 7." in text
+    assert "Scan of the model:</b> Backdoor found: target label 7." in text
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
     assert "<script" not in text
     assert "http" not in re.sub(r"base64,[^\"]+", "", text).replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([7, 1], "Backdoor found: target labels 7, 1"), ([None], "Backdoor found, with a target for every class")],
+)
+def test_summary_and_page_name_every_target(page, labels, words):
+    _, record = page
+    triggers = [
+        Trigger(label=label, kind="patch", what="", success=Rate.of(9, 10), picture="", examples="") for label in labels
+    ]
+    found = record.diagnosis.model_copy(update={"triggers": triggers})
+    record = record.model_copy(update={"diagnosis": found})
+    assert words in render(record, torch.zeros(5, 1, 8, 8))
+    assert _summary(record, Path("out")).startswith(f"scan of the model: {words}")
 
 
 def test_names_cannot_break_the_page(page):

@@ -9,7 +9,9 @@ from torch import nn
 
 from untrojan import speed
 from untrojan.data import CleanSet
-from untrojan.model import mode
+from untrojan.model import Normalize, mode
+from untrojan.sources import load
+from untrojan.sources.files import save_state
 from untrojan.speed import faster, folded, lay_out, layout_of
 
 
@@ -109,6 +111,22 @@ def test_normalization_becomes_part_of_the_convolution_before_it():
     net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False))
     quick = folded(net, make_clean())
     assert norms(net) == 2
+    assert norms(quick) == 0
+    assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("place", ["a hook", "a layer"])
+def test_a_network_that_normalizes_its_images_is_folded_too(tmp_path, place):
+    net = settled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if place == "a hook":
+        save_state(tmp_path / "net.safetensors", net.state_dict())
+        net = load(tmp_path / "net.safetensors", net, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    else:
+        net = nn.Sequential(Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), *net).eval()
+    before = Snapshot(net)
+    quick = folded(net, make_clean())
+    before.assert_same()
     assert norms(quick) == 0
     assert torch.allclose(quick(make_clean().floats()), net(make_clean().floats()), atol=1e-5)
 

@@ -269,6 +269,35 @@ def test_the_verdict(far, ended, verdict, suspect):
     assert len(diagnosis.targets) == 4
 
 
+TIED = UnlearningRun(
+    seed=0,
+    images=9,
+    reached=False,
+    label=0,
+    share=0.25,
+    trace=[UnlearningPoint(epoch=1, accuracy=1.0, shares=[0.25] * 4)],
+)
+LOST = TIED.model_copy(update={"share": 0.0, "trace": []})
+HALF = TIED.model_copy(update={"label": 1, "share": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("runs", "furthest", "verdict"),
+    [
+        ([TIED, TIED], 0, "not_found"),
+        ([LOST, LOST], 0, "not_found"),
+        ([HALF, HALF], 1, "inconclusive"),
+        ([HALF, TIED], 1, "inconclusive"),
+        ([*ends(1, 1), TIED], 1, "inconclusive"),
+        ([*ends(1, 1), LOST], 1, "inconclusive"),
+        ([*ends(1, 0), LOST], 1, "not_found"),
+    ],
+)
+def test_only_runs_in_which_a_class_survives_count(runs, furthest, verdict):
+    far = [0.3 if label == furthest else 0.1 for label in range(4)]
+    assert judge(diagnose(runs), reaches(*far), [], []).verdict == verdict
+
+
 def test_perturbations_into_more_than_one_label_are_no_more_than_suspicious():
     crowd = [reach.model_copy(update={"faint": 0.9}) for reach in reaches(0.3, 0.2)]
     diagnosis = judge(diagnose([]), crowd, [], [])
@@ -304,6 +333,13 @@ def test_the_half_of_the_labels_whose_patches_work_best_is_promising(images):
     promising = look.promising()
     assert promising[0] == 2
     assert len(promising) == CLASSES // 2
+
+
+def test_few_images_are_of_all_labels_also_where_images_come_sorted():
+    labels = torch.arange(400) // 100
+    held = CleanSet(torch.rand(400, 1, SIDE, SIDE), labels)
+    few = _Look(Bands(), held, held, CLASSES, seed=0).few
+    assert (len(few), few.labels.unique().tolist()) == (64, [0, 1, 2, 3])
 
 
 def test_searched_again_the_better_result_counts(images):

@@ -127,6 +127,15 @@ def test_only_suspicious_rows_are_drawn_anew(net):
         assert torch.equal(model[0].bias[[0, 2, 3]], before["0.bias"][[0, 2, 3]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_keep_their_type(dtype):
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    before = model[0].weight.detach().clone()
+    ULRL()._reset(model, "0", [1, 4], torch.Generator().manual_seed(0))
+    assert model[0].weight.dtype == dtype
+    assert (model[0].weight != before).any(1).tolist() == [False, True, False, False, True]
+
+
 @pytest.mark.parametrize("augment", ["none", "crop-flip"])
 def test_relearning_written_out(moves, augment):
     moves(amounts(row2=5.0, row5=9.0))

@@ -234,6 +234,15 @@ def test_an_error_that_nobody_expected_is_told_too(folder, tmp_path, monkeypatch
     assert Manifest.load(tmp_path / "zoo" / MANIFEST).victims == {}
 
 
+def test_a_network_that_ends_the_program_fails_alone(folder, tmp_path):
+    text = FILE.format(folder=folder).replace("[0, 1]", "[0]").replace('"square", "lira"', "")
+    text = text.replace("nets.cnn = ", 'nets = { exits = "sys:exit", cnn = "digits-cnn:classes=2" }\n#')
+    outcomes = list(fill(zoo_of(text, tmp_path), tmp_path / "zoo"))
+    assert [outcome.name for outcome in outcomes] == ["digits/exits/clean/0", "digits/cnn/clean/0"]
+    assert "the code behind 'sys:exit' ended with sys.exit; name a callable" in outcomes[0].error
+    assert "sys.exit" not in outcomes[1].error
+
+
 def test_images_that_are_not_there_fail_for_every_model_of_them(small, capsys):
     assert run(small(train=("train.npz", "gone.npz"))) == 2
     assert capsys.readouterr().out.count("failed: no such file or folder: ") == 2
@@ -271,3 +280,10 @@ def test_a_wrong_file_is_a_wrong_call(tmp_path, capsys):
     assert run(["lab", "zoo", str(tmp_path / "no.toml"), "--out", str(tmp_path / "zoo")]) == 4
     assert "cannot read" in capsys.readouterr().err
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_zoo_does_not_go_into_a_file(small, tmp_path, capsys):
+    (tmp_path / "zoo").write_text("mine")
+    assert run(small()) == 4
+    assert "zoo is a file; give a folder" in capsys.readouterr().err
+    assert (tmp_path / "zoo").read_text() == "mine"

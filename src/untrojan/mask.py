@@ -5,6 +5,7 @@ The only place that knows layer types, and the only place that decides how much 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import call_with, correct, mode, tapped
+from untrojan.model import call_with, correct, mode
 from untrojan.progress import stage
 from untrojan.record import CurvePoint
 
@@ -149,7 +150,8 @@ class Mask:
             for part in (name, _bias_of(name)) if self.unit == "filter" else (name,):
                 if part in parameters:
                     shape = (-1,) + (1,) * (parameters[part].ndim - 1) if self.unit != "weight" else value.shape
-                    masked[part] = parameters[part].detach() * value.view(shape)
+                    parameter = parameters[part].detach()
+                    masked[part] = (parameter * value.view(shape)).to(parameter.dtype)
         return masked
 
 
@@ -265,7 +267,8 @@ def norm_after(model: nn.Module, images: Tensor) -> dict[str, str]:
     """Pair each convolution or linear layer with the normalization that its output goes straight into.
 
     Found by running the network, not by the order of its modules, so that shortcuts and normalization before the
-    convolution are paired rightly. A layer that is used several times is paired by its first use.
+    convolution are paired rightly. An output that was changed in place on its way, as by a shortcut added to it, does
+    not go straight. A layer that is used several times is paired by its first use.
 
     Args:
         model: The network; it is run in evaluation mode and is not changed.
@@ -281,15 +284,22 @@ def norm_after(model: nn.Module, images: Tensor) -> dict[str, str]:
     """
     normal = [name for name, module in model.named_modules() if isinstance(module, (*BATCH_NORMS, *OTHER_NORMS))]
     names = products(model)
-    with (
-        mode(model, training=False),
-        torch.no_grad(),
-        tapped(model, names) as outputs,
-        tapped(model, normal, "input") as inputs,
-    ):
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            tensor = inputs[0] if name in normal else output
+            seen.setdefault(name, (tensor, tensor._version))
+
+        return note
+
+    with mode(model, training=False), torch.inference_mode(False), torch.no_grad(), ExitStack() as hooks:
+        for name in (*names, *normal):
+            hooks.callback(model.get_submodule(name).register_forward_hook(noting(name)).remove)
         model(images)
-    made_by = {id(calls[0]): name for name, calls in reversed(outputs.items()) if calls}
-    return {made_by[id(calls[0])]: name for name, calls in inputs.items() if calls and id(calls[0]) in made_by}
+    state = {name: (id(tensor), version) for name, (tensor, version) in seen.items()}
+    made_by = {state[name]: name for name in reversed(names) if name in state}
+    return {made_by[state[name]]: name for name in normal if state.get(name) in made_by}
 
 
 def _bias_of(name: str) -> str:

@@ -5,6 +5,7 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,8 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of
-from untrojan.errors import ConfigError, DataError, ModelError, UntrojanError
+from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError
+from untrojan.record import Rate
 
 
 class Normalize(nn.Module):
@@ -203,6 +205,26 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
 def correct(model: nn.Module, clean: CleanSet) -> Tensor:
     """Tell for each image whether the model gives its true label: bool `(N,)`."""
     return logits(model, clean).argmax(1) == clean.labels
+
+
+def warn_of_chance(model: nn.Module, clean: CleanSet) -> None:
+    """Warn where a model gives clean images their label no more often than chance may.
+
+    Then no repair can lose accuracy, and the checks of it mean little.
+
+    Args:
+        model: The network; it is not changed.
+        clean: Images with their labels, at least one.
+    """
+    out = logits(model, clean)
+    right = Rate.of(int((out.argmax(1) == clean.labels).sum()), len(clean))
+    if right.low is None or right.low > 1 / out.shape[1]:
+        return
+    text = (
+        f"the model is right on {right.count} of {right.total} clean images, which may be chance: check that their "
+        "labels are in the order of its classes, and that it gets images as it was trained on"
+    )
+    warnings.warn(UnreliableWarning(text), stacklevel=3)
 
 
 class Problem(NamedTuple):

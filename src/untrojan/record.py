@@ -4,14 +4,16 @@ Reports, tables and leaderboards are pure functions of records. Fractions are in
 in seconds.
 """
 
+import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from untrojan.errors import RecordError
+from untrojan.errors import RecordError, plain
 from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
 
 SCHEMA_VERSION = 1
@@ -329,8 +331,9 @@ class AnyRecord(_Part):
     kind: str
 
     def to_json(self) -> str:
-        """The record as indented JSON with a newline at the end."""
-        return self.model_dump_json(indent=2) + "\n"
+        """The record as indented JSON in printable ASCII, with a newline at the end."""
+        text = self.model_dump_json(indent=2)
+        return re.sub(r"[^ -~\n]", lambda found: json.dumps(found[0])[1:-1], text) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -373,7 +376,7 @@ class RunRecord(AnyRecord):
     def label(self, label: int) -> str:
         """A label as a person reads it: its number, and its class name where the record knows one."""
         names = self.clean.class_names or []
-        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
+        return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
 
 
 class Record(RunRecord):

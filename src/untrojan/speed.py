@@ -7,12 +7,12 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.fx import symbolic_trace
+from torch.fx import GraphModule, Tracer
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of
-from untrojan.model import mode
+from untrojan.model import Normalize, mode
 
 _ALIKE = 0.1
 _FOLDED_ALIKE = 0.01
@@ -111,9 +111,15 @@ def folded(model: nn.Module, clean: CleanSet) -> nn.Module:
     return faster(model, clean)
 
 
+class _Tracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Normalize) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _fused(network: nn.Module) -> nn.Module:
     """A copy in evaluation mode, with BatchNorm in the convolution before it where nothing else uses that."""
-    traced = symbolic_trace(copy.deepcopy(network).eval().requires_grad_(False))
+    copied = copy.deepcopy(network).eval().requires_grad_(False)
+    traced = GraphModule(copied, _Tracer().trace(copied))
     modules = dict(traced.named_modules())
     calls = Counter(node.target for node in traced.graph.nodes)
     for node in traced.graph.nodes:
@@ -126,6 +132,11 @@ def _fused(network: nn.Module) -> nn.Module:
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
+    # Hooks of the network itself, such as normalization, are not traced.
+    for hook in copied._forward_pre_hooks.values():
+        traced.register_forward_pre_hook(hook)
+    for hook in copied._forward_hooks.values():
+        traced.register_forward_hook(hook)
     return traced
 
 

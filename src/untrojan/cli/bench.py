@@ -12,7 +12,7 @@ from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
 from untrojan.lab.processes import Processes, begin
-from untrojan.lab.runner import Plan, plan
+from untrojan.lab.runner import Plan, failures, plan
 from untrojan.lab.runner import run as run_cells
 from untrojan.progress import span
 from untrojan.registry import spec
@@ -43,7 +43,8 @@ def run(
     """Run the cells of GRID, a TOML file, that have no record yet.
 
     A cell that fails leaves a record with its traceback, and the others go on; remove the record to run the cell again.
-    The command may be killed at any time: the next call goes on where it ended. Exits with 2 when cells failed.
+    The command may be killed at any time: the next call goes on where it ended. Exits with 2 when cells failed, now or
+    earlier.
     """
     if out.is_file():
         raise ConfigError(f"{out} is a file; give a folder")
@@ -57,14 +58,18 @@ def run(
     if dry_run:
         click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))
         return 0
+    earlier = failures(cells, out)
     with working(quiet):
         ran = run_cells(cells, out, Cluster(ray, jobs, gpus or 0.0) if ray else Processes(size))
-    there = len(cells) - ran.done - len(ran.failed)
-    click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {len(ran.failed)} failed now")
+    failed = len(earlier) + len(ran.failed)
+    there = len(cells) - ran.done - failed
+    click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {failed} failed")
+    for path in earlier:
+        click.echo(f"failed earlier: {path}; remove it to run the cell again")
     for path in ran.failed:
         click.echo(f"failed: {path}")
     click.echo(f"`untrojan bench report {out} --out page.html` shows the results.")
-    return FAILED if ran.failed else 0
+    return FAILED if failed else 0
 
 
 @bench.command()

@@ -19,6 +19,7 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.registry import parse
+from untrojan.report import finding
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
 from untrojan.scanners.samples import screen as rank
@@ -85,14 +86,11 @@ def screen(
 
 
 def _summary(record: ScreeningRecord, out: Path) -> str:
-    diagnosis = record.diagnosis
-    named = diagnosis.suspect
-    target = "" if named is None else f"; suspected target label {record.label(named)}"
     labels = [sample.label for sample in record.top]
     most = max(labels, key=labels.count)
     return "\n".join(
         [
-            f"backdoor in the model: {diagnosis.verdict.replace('_', ' ')}{target}",
+            f"scan of the model: {finding(record)}",
             f"ranked {record.suspects.images:,} samples by {record.method.name}; of the {len(labels)} most "
             f"suspicious, {labels.count(most)} have label {record.label(most)}",
             "scores only rank: look at the images before you drop any",

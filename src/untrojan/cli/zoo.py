@@ -7,6 +7,7 @@ import click
 
 from untrojan.cli import FAILED, printable
 from untrojan.cli.options import quiet_option, require_writable, working
+from untrojan.errors import ConfigError
 from untrojan.lab.zoo import MANIFEST, Zoo, fill
 
 
@@ -21,6 +22,8 @@ def zoo(zoo_file: Path, out: Path, quiet: bool) -> int:
     is kept, an interrupted training goes on, and what cannot be trained is told and passed over; the exit code is then
     2. An attack that did not take is a result like any other. OUT/manifest.json holds hashes, recipes, ACC and ASR.
     """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; give a folder")
     asked = Zoo.load(zoo_file)
     require_writable(out)
     results, failed = sys.stdout, 0

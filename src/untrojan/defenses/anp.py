@@ -53,8 +53,9 @@ class ANP(Pruning):
     Cost:
         6 F per image drawn, where F is one image through the network once: forward and backward for the perturbation,
         for the loss with it and for the loss without it. That is 1.5 million F, with at most 128 images 12,000 F per
-        image. Where the masks are learned once on all images and once without each of two parts, as `fixed` does, it
-        is three times as much, with at most 128 images twice.
+        image. In a network without normalization it is 9 F, half as much again. Where the masks are learned once on all
+        images and once without each of two parts, as `fixed` does, it is three times as much, with at most 128 images
+        twice.
 
     Example:
         >>> from untrojan.record import Diagnosis

@@ -309,6 +309,8 @@ class _Triggers:
         return (images + length * chosen).clamp(0, 1)
 
     def _patched(self, images: Tensor, own: Tensor, student: nn.Module) -> Tensor:
+        if not len(images):
+            return images
         known = self.patches
         weights = self.now**2 + REMEMBERED * known.strength**2 + TINY
         count = len(images)
@@ -324,7 +326,7 @@ class _Triggers:
         stamped = tried.stamp(images.repeat(len(rows) // count, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
             out = student(stamped)
-        strength = self.aim.probability(out, own.repeat(len(rows) // count)).nan_to_num(0)
+        strength = self.aim.probability(out, own.repeat(len(rows) // count))
         self._update(rows[~varied], strength[~varied])
         new = varied & (strength > 0.5)
         self.patches = known.added(keys[new], strength[new])

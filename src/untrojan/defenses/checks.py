@@ -139,7 +139,8 @@ def resists_perturbation(
                 f"a perturbation of {ball} norm {found.norm:.3g} that sends {before:.0%} of the images to {aim} in the "
                 f"original sends {after:.0%} there now"
             )
-        return passed, f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
+        text = f"{', and '.join(told)}; accepted are {allowed:.0%}, twice a fair share"
+        return passed, text + _too_few(allowed, clean, aim)
 
     return _of_all("resists a recovered perturbation", reachable(diagnosis, clean), resists)
 
@@ -171,7 +172,7 @@ def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diag
             _at_most(allowed, now, judges, aim) and _at_most(either, other.success, judges, aim),
             f"{patch} sends {patch.success:.0%} of the images to {aim} in the original and {now:.0%} now, "
             f"accepted are {allowed:.0%}; of patches as small, {other} does most now, with {other.success:.0%}, "
-            f"accepted are {either:.0%}",
+            f"accepted are {either:.0%}{_too_few(either, judges, aim)}",
         )
 
     return _of_all("resists recovered patches", reachable(diagnosis, clean), resists)
@@ -208,9 +209,19 @@ def faint(diagnosis: Diagnosis, clean: CleanSet) -> float:
 
 
 def _at_most(allowed: float, share: float, clean: CleanSet, aim: Aim) -> bool:
-    """Whether a share of the images exceeds what is accepted by no more than chance, at 95 %."""
-    count = len(aim.others(clean))
-    return share <= allowed + 1.96 * math.sqrt(allowed * (1 - allowed) / count)
+    """Whether a share of the images exceeds what is accepted by no more than chance, at 95 %, and could exceed it."""
+    return share <= _limit(allowed, clean, aim) < 1
+
+
+def _limit(allowed: float, clean: CleanSet, aim: Aim) -> float:
+    return allowed + 1.96 * math.sqrt(allowed * (1 - allowed) / len(aim.others(clean)))
+
+
+def _too_few(allowed: float, clean: CleanSet, aim: Aim) -> str:
+    """What is said besides where even all of the images would not exceed what is accepted."""
+    if _limit(allowed, clean, aim) < 1:
+        return ""
+    return f", but there are too few images of other classes to tell, {len(aim.others(clean))}: give more clean images"
 
 
 def _twice_fair(model: nn.Module, clean: CleanSet) -> float:

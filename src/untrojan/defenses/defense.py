@@ -26,7 +26,7 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import correct, logits, require, seeded
+from untrojan.model import correct, logits, require, seeded, warn_of_chance
 from untrojan.progress import overall, timing
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
@@ -163,7 +163,10 @@ class Defense(ABC):
         with collected() as caught, timing() as seconds, running_on(device), seeded(seed):
             if len(clean) or not self.data_free:
                 require(copy.deepcopy(model), clean)
-            diagnosis = diagnosis or _look(model, clean, seed)
+            if diagnosis is None:
+                diagnosis = _look(model, clean, seed)
+            elif len(clean):
+                warn_of_chance(copy.deepcopy(model), clean)
             trusted = _trusted(copy.deepcopy(model), clean, diagnosis, seed)
             outcome = (
                 _unchanged(copy.deepcopy(model), trusted)
@@ -172,6 +175,8 @@ class Defense(ABC):
             )
             _put_back(outcome.model, model)
             parent, child = _states(model, outcome.model, source)
+            if source is not None:
+                _round_as_saved(outcome.model, child)
             classes = _require_sound(parent, child, outcome.model, clean)
             changed = state_sha256(parent) != state_sha256(child)
             checks = (
@@ -218,7 +223,8 @@ class Defense(ABC):
         judged = losses(outcome.before, outcome.after)
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
-        if not outcome.held_out or len(judged) < FEW_IMAGES:
+        hardly_right = float(outcome.before.double().mean()) < 0.5
+        if not outcome.held_out or len(judged) < FEW_IMAGES or hardly_right:
             checks += keeps_answers(model, outcome.model, clean, diagnosis, seed)
         # perturbations send images of clean networks away from their own label, and changes are told by other labels
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
@@ -306,6 +312,14 @@ def _states(
         if after[name].shape == value.shape
     }
     return finest, {name: child.get(name, after[name].to("cpu", copy=True)) for name in finest}
+
+
+def _round_as_saved(model: nn.Module, child: Mapping[str, Tensor]) -> None:
+    """Give a network the values that its file will hold, which may be of a coarser type, so that these are judged."""
+    own = unprefixed(tensors_of(model))
+    for name, saved in child.items():
+        if saved.shape == own[name].shape and not torch.equal(own[name].cpu(), saved.to(own[name].dtype)):
+            own[name].copy_(saved)
 
 
 def _finest(value: Tensor, original: Tensor) -> Tensor:

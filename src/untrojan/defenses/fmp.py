@@ -101,7 +101,8 @@ class FMP(Tuning):
           by order, which assigns rankings to the wrong layers in pre-activation networks.
         * Biases are set to zero with the weights, and what is pruned is put back to zero after each step.
         * Linear layers count as layers, as in networks of tokens.
-        * Images are not cropped and flipped (`augment`), and batches are smaller where there are few images.
+        * The published code crops and flips, its precursor in batches of 256. Here images are taken as they are
+          (`augment`), in batches of 128 (`batch_size`), and smaller ones where there are few images.
 
         With `variant="released"` there are 32 images at most, the start is a corner, nothing keeps the images within
         eps, ties fall to the first map, biases stay, and pruned maps are not held at zero.

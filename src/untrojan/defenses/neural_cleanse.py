@@ -1,6 +1,5 @@
 """Neural Cleanse: recover the trigger, and teach the model the true labels of stamped images."""
 
-import math
 import warnings
 from collections.abc import Iterator
 from typing import ClassVar
@@ -63,7 +62,8 @@ class NeuralCleanse(Tuning):
 
     Deviations:
         * The label comes from the scan where that has a suspect, so that one patch is recovered instead of one per
-          class. Without a suspect and without an anomaly the smallest mask that works is used, with a warning.
+          class. Without a suspect and without an anomaly the smallest mask that works is used, and where none works
+          the patch that reaches the most images, with a warning.
         * With several anomalies only the smallest mask is unlearned.
         * The paper unlearns for one epoch on 10 % of the training images; here it is 20 epochs, because there are few
           clean images, with a cosine schedule.
@@ -112,8 +112,14 @@ class NeuralCleanse(Tuning):
             return self._cleanse(model, clean, [diagnosis.suspect], seed)[0]
         classes = logits(model, clean.take([0])).shape[1]
         triggers = self._cleanse(model, clean, list(range(classes)), seed)
+        working = [trigger for trigger in triggers if trigger.success >= ENOUGH]
+        if not working:
+            best = max(triggers, key=lambda trigger: trigger.success)
+            text = f"no label has a patch that works; that of label {best.label} reaches the most images"
+            warnings.warn(UnreliableWarning(text), stacklevel=3)
+            return best
         index = anomaly_index([trigger.norm for trigger in triggers])
-        smallest = min(triggers, key=lambda trigger: trigger.norm if trigger.success >= ENOUGH else math.inf)
+        smallest = min(working, key=lambda trigger: trigger.norm)
         if index[smallest.label] >= -2:
             text = f"no label's mask is too small; that of label {smallest.label} is the smallest that works"
             warnings.warn(UnreliableWarning(text), stacklevel=3)

@@ -140,7 +140,8 @@ class ULRL(Unlearning, Tuning):
         weight, bias = parameters[f"{head}.weight"], parameters.get(f"{head}.bias")
         limit = (2 / weight[0].numel()) ** 0.5
         with torch.no_grad():
-            weight[rows] = torch.empty(len(rows), *weight.shape[1:]).uniform_(-limit, limit, generator=generator)
+            new = torch.empty(len(rows), *weight.shape[1:], dtype=weight.dtype)
+            weight[rows] = new.uniform_(-limit, limit, generator=generator)
             if bias is not None:
                 bias[rows] = 0
 

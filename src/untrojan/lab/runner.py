@@ -80,6 +80,20 @@ def cell_path(folder: Path, key: str) -> Path:
     return folder / "cells" / key[:2] / f"{key}.json"
 
 
+def failures(cells: Iterable[Cell], folder: Path) -> list[Path]:
+    """List the records of those cells that failed.
+
+    Args:
+        cells: All cells of the grid.
+        folder: Where the records are; it need not exist.
+
+    Raises:
+        RecordError: The record of a cell is none.
+    """
+    paths = [cell_path(folder, cell.key) for cell in cells]
+    return [path for path in paths if path.exists() and CellRecord.load(path).error is not None]
+
+
 def plan(cells: Iterable[Cell], folder: Path) -> Plan:
     """Say what is missing and how long it will take, from cells that are there.
 

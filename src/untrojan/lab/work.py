@@ -13,12 +13,13 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import chosen
-from untrojan.errors import ModelError
+from untrojan.errors import DataError, ModelError
 from untrojan.lab.attack import Attack
 from untrojan.lab.cell import CellRecord, Outcome
 from untrojan.lab.evaluate import Scores, evaluate
 from untrojan.lab.flags import raised
 from untrojan.lab.grid import Case, Cell, Setting
+from untrojan.readers import fingerprint
 from untrojan.record import ScanRecord
 from untrojan.run import clean_info, forget_peak_memory
 from untrojan.sources import load
@@ -71,7 +72,7 @@ def shared_images(clean: CleanSet, test: CleanSet) -> int:
 
 
 def _scan(cell: Cell) -> str:
-    source, clean = _source(cell), _clean(cell.case.clean, cell.setting, cell.seed)
+    source, clean = _source(cell), _clean(cell.case.clean, cell.inputs["clean"], cell.setting, cell.seed)
     return cell.scanner.examine(_model(source, cell.case), clean, cell.seed, source).to_json()
 
 
@@ -79,14 +80,14 @@ def _repair(cell: Cell, scan: str) -> str:
     start = time.perf_counter()
     forget_peak_memory()
     found = ScanRecord.model_validate_json(scan)
-    source, clean = _source(cell), _clean(cell.case.clean, cell.setting, cell.seed)
-    test = _test(cell.case.test, cell.case.test_images)
+    source, clean = _source(cell), _clean(cell.case.clean, cell.inputs["clean"], cell.setting, cell.seed)
+    test = _test(cell.case.test, cell.inputs["test"], cell.case.test_images)
     model = _model(source, cell.case)
     begun = time.perf_counter()
     repair = cell.method.repair(model, clean, found.diagnosis, cell.seed, source)
     repaired = time.perf_counter()
     told = repair.record
-    before = _before(source, cell.case, cell.attack)
+    before = _before(source, cell.case, cell.attack, test)
     after = evaluate(repair.model, test, cell.attack, cell.case.target, before)
     measured = time.perf_counter()
     outcome = Outcome(
@@ -133,14 +134,23 @@ def _model(source: Checkpoint, case: Case) -> nn.Module:
 
 
 @lru_cache(maxsize=2)
-def _clean(path: str, setting: Setting, seed: int) -> CleanSet:
-    return CleanSet.load(path, samples=setting.samples, samples_per_class=setting.samples_per_class, seed=seed)
+def _clean(path: str, content: str, setting: Setting, seed: int) -> CleanSet:
+    clean = CleanSet.load(path, samples=setting.samples, samples_per_class=setting.samples_per_class, seed=seed)
+    _require_unchanged(path, content)
+    return clean
 
 
 @lru_cache(maxsize=2)
-def _test(path: str, images: int | None) -> CleanSet:
+def _test(path: str, content: str, images: int | None) -> CleanSet:
     test = CleanSet.load(path)
+    _require_unchanged(path, content)
     return test if images is None else test.take(range(min(len(test), images)))
+
+
+def _require_unchanged(path: str, content: str) -> None:
+    """Raise where images are not those of the grid; they were read before, so that no change of them goes unseen."""
+    if fingerprint(path) != content:
+        raise DataError(f"{path} has changed since the grid was started; start it again")
 
 
 @lru_cache(maxsize=2)
@@ -149,8 +159,8 @@ def _shared(clean: CleanSet, test: CleanSet) -> int:
 
 
 @lru_cache(maxsize=2)
-def _before(source: Checkpoint, case: Case, attack: Attack | None) -> Scores:
-    return evaluate(_model(source, case), _test(case.test, case.test_images), attack, case.target)
+def _before(source: Checkpoint, case: Case, attack: Attack | None, test: CleanSet) -> Scores:
+    return evaluate(_model(source, case), test, attack, case.target)
 
 
 def _octets(images: CleanSet) -> list[bytes]:

@@ -51,8 +51,7 @@ def render(record: RunRecord) -> str:
 
     from untrojan.report.plots import COLORS, figures
 
-    suspect = record.diagnosis.suspect
-    plots = figures(record, suspect)
+    plots = figures(record)
     scripts = ["\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)] if plots else []
     scripts.append(_read("page.js"))
     filters = {"label": record.label, "picture": _PICTURES.__getitem__, "where_to": partial(_where_to, record)}
@@ -66,7 +65,7 @@ def render(record: RunRecord) -> str:
         record_json=Markup(inside_script(record.to_json())),
         verdict=_verdict(record),
         badge=_badge(record),
-        suspect=suspect,
+        suspects=record.diagnosis.suspects,
         evidence=evidence(record),
         alarms=_alarms(record),
         chosen=_chosen(record),
@@ -77,8 +76,6 @@ def render(record: RunRecord) -> str:
 def template(name: str, **filters: Callable[..., str]) -> "Template":
     """Open a page template, with filters of its own; text from the record is escaped in it, and made visible."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from untrojan.report.plots import visible
 
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -97,6 +94,13 @@ def template(name: str, **filters: Callable[..., str]) -> "Template":
         **filters,
     }
     return environment.get_template(name)
+
+
+def visible(text: str) -> str:
+    """Spell out what a person cannot see, so that no name turns the direction of the words around it."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def finding(record: RunRecord) -> str:

@@ -26,6 +26,7 @@ from bokeh.plotting import figure
 from bokeh.themes import Theme
 
 from untrojan.record import Record, RunRecord, UnlearningRun
+from untrojan.report import visible
 
 _VARIABLES = (
     "ink",
@@ -82,21 +83,14 @@ _THEME = Theme(
 )
 
 
-def visible(text: str) -> str:
-    """Spell out what a person cannot see, so that no name turns the direction of the words around it."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def figures(record: RunRecord, suspect: int | None) -> dict[str, Any]:
+def figures(record: RunRecord) -> dict[str, Any]:
     """The charts that this record has data for, by name, in the form that `Bokeh.embed.embed_item` takes."""
     charts: dict[str, figure] = {}
     diagnosis = record.diagnosis
     if diagnosis.reaches:
-        charts["reaches"] = _reaches(record, suspect)
+        charts["reaches"] = _reaches(record)
     if diagnosis.targets:
-        charts |= {"patches": _patches(record)} if diagnosis.patches else {"shares": _shares(record, suspect)}
+        charts |= {"patches": _patches(record)} if diagnosis.patches else {"shares": _shares(record)}
     if any(run.trace for run in diagnosis.runs):
         charts["forgetting"] = _traces(diagnosis.runs, "clean accuracy", [_accuracies(run) for run in diagnosis.runs])
         charts["surviving"] = _traces(diagnosis.runs, "share of its top label", [_top(run) for run in diagnosis.runs])
@@ -197,15 +191,15 @@ def _patches(record: RunRecord) -> figure:
     return chart
 
 
-def _reaches(record: RunRecord, suspect: int | None) -> figure:
+def _reaches(record: RunRecord) -> figure:
     reaches = sorted(record.diagnosis.reaches, key=lambda reach: (-reach.far, reach.label))[:_BARS]
-    far = [reach.far for reach in reaches]
+    far, suspects = [reach.far for reach in reaches], record.diagnosis.suspects
     source = ColumnDataSource(
         {
             "name": _class_names(record, [reach.label for reach in reaches]),
             "value": far,
             "text": [f"{reach.far:.2f}" for reach in reaches],
-            "color": [_BAD if reach.label == suspect else _ACCENT for reach in reaches],
+            "color": [_BAD if reach.label in suspects else _ACCENT for reach in reaches],
             "patches": [f"{100 * reach.mean:.1f}%" for reach in reaches],
             "faint": [f"{100 * reach.faint:.1f}%" for reach in reaches],
         }
@@ -217,18 +211,18 @@ def _reaches(record: RunRecord, suspect: int | None) -> figure:
     return chart
 
 
-def _shares(record: RunRecord, suspect: int | None) -> figure:
+def _shares(record: RunRecord) -> figure:
     ends = [run.trace[-1].shares for run in record.diagnosis.runs if run.trace]
     mean = {label: math.fsum(column) / len(ends) for label, column in enumerate(zip(*ends, strict=True))}
     scores = mean if record.diagnosis.reaches else mean | {each.label: each.score for each in record.diagnosis.targets}
     shares = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:_BARS]
-    labels = [label for label, _ in shares]
+    labels, suspects = [label for label, _ in shares], record.diagnosis.suspects
     source = ColumnDataSource(
         {
             "name": _class_names(record, labels),
             "value": [share for _, share in shares],
             "text": [f"{100 * share:.1f}%" for _, share in shares],
-            "color": [_BAD if label == suspect else _ACCENT for label in labels],
+            "color": [_BAD if label in suspects else _ACCENT for label in labels],
             "runs": [", ".join(f"{100 * run[label]:.1f}%" for run in ends) or "none" for label in labels],
         }
     )
@@ -285,7 +279,8 @@ def _pruning(record: Record) -> figure:
             "high": [point.accuracy + point.drop - point.drop_low for point in curve],
         }
     )
-    chart = _figure(340, "units pruned, lowest scores first", "hold-out accuracy")
+    accuracy = "hold-out accuracy" if record.before.held_out else "accuracy"
+    chart = _figure(340, "units pruned, lowest scores first", accuracy)
     chart.varea("pruned", "low", "high", source=source, color=_ACCENT, alpha=0.18)
     line = chart.line("pruned", "accuracy", source=source, color=_ACCENT, line_width=2)
     chart.scatter("pruned", "accuracy", source=source, color=_ACCENT, size=6)
@@ -298,7 +293,7 @@ def _pruning(record: Record) -> figure:
     tooltips = [
         ("threshold", "@threshold{0.000}"),
         ("units pruned", "@pruned{0,0}"),
-        ("hold-out accuracy", "@accuracy{0.0%}"),
+        (accuracy, "@accuracy{0.0%}"),
         ("drop", "@drop{0.0%}"),
         ("95% interval of the drop", "@drop_low{0.0%} to @drop_high{0.0%}"),
     ]

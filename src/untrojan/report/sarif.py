@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from untrojan.record import ScanRecord
-from untrojan.report import evidence, finding
+from untrojan.report import evidence, finding, visible
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES = {
@@ -20,6 +20,7 @@ _RULES = {
         "It could not be told whether there is a backdoor in the weights.",
     ),
 }
+_LITERAL = str.maketrans({"\\": "\\\\", "[": "\\[", "]": "\\]", "{": "{{", "}": "}}"})
 
 
 def sarif(record: ScanRecord) -> str:
@@ -29,10 +30,10 @@ def sarif(record: ScanRecord) -> str:
         record: What the scan left behind. Nothing else is read, and the same record gives the same log.
 
     Returns:
-        Indented JSON with a newline at the end.
+        Indented JSON in ASCII with a newline at the end.
     """
     log = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [_run(record)]}
-    return json.dumps(log, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(log, indent=2) + "\n"
 
 
 def _run(record: ScanRecord) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _invocation(record: ScanRecord) -> dict[str, Any]:
     return {
         "executionSuccessful": True,
         "toolExecutionNotifications": [
-            {"level": "warning", "message": {"text": warning}} for warning in record.warnings
+            {"level": "warning", "message": _message(warning)} for warning in record.warnings
         ],
         **command,
     }
@@ -92,7 +93,7 @@ def _results(record: ScanRecord) -> list[dict[str, Any]]:
             "ruleId": rule,
             "ruleIndex": list(_RULES).index(verdict),
             "level": level,
-            "message": {"text": f"{finding(record)}. {evidence(record)}"},
+            "message": _message(f"{finding(record)}. {evidence(record)}"),
             "locations": [
                 {"physicalLocation": {"artifactLocation": artifact["location"] | {"index": index}}}
                 for index, artifact in enumerate(_artifacts(record))
@@ -111,6 +112,11 @@ def _results(record: ScanRecord) -> list[dict[str, Any]]:
             },
         }
     ]
+
+
+def _message(text: str) -> dict[str, str]:
+    """A message that reads as the text does: `[text](uri)` would be a link in it, and `{0}` a placeholder."""
+    return {"text": visible(text).translate(_LITERAL)}
 
 
 def _uri(path: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from untrojan.pictures import png
-from untrojan.report import image_rows, model_rows, run_tables, template
+from untrojan.report import finding, image_rows, model_rows, run_tables, template
 from untrojan.scanners.samples import ScreeningRecord
 
 _HERE = Path(__file__).parent
@@ -37,6 +37,7 @@ def render(record: ScreeningRecord, images: Tensor) -> str:
         record=record,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         badge=_VERDICTS[record.diagnosis.verdict],
+        finding=finding(record),
         shown=list(zip(record.top, map(png, images), strict=True)),
         labels=_counts(record),
         settings=_settings(record),

@@ -37,20 +37,23 @@ class Aim(NamedTuple):
         return clean if self.label is None else clean.take(clean.labels != self.label)
 
     def sent(self, out: Tensor, labels: Tensor) -> Tensor:
-        """Which images got there, by logits `(..., N, K)` and their own labels `(N,)`: bool `(..., N)`."""
+        """Which images got there, by logits `(..., N, K)` and their own labels `(N,)`: bool `(..., N)`.
+
+        An image of which a logit is NaN or infinite is nowhere.
+        """
         said = out.argmax(-1)
-        return said != labels if self.label is None else said == self.label
+        return (said != labels if self.label is None else said == self.label) & out.isfinite().all(-1)
 
     def probability(self, out: Tensor, labels: Tensor) -> Tensor:
-        """How likely each image is there: `(..., N)` in [0, 1]."""
+        """How likely each image is there: `(..., N)` in [0, 1]; 0 where that is NaN."""
         at = _at(out.softmax(-1), self._wanted(labels))
-        return 1 - at if self.label is None else at
+        return (1 - at if self.label is None else at).nan_to_num(0)
 
     def margin(self, out: Tensor, labels: Tensor) -> Tensor:
-        """How far the logits that lead there are above all others: `(..., N)`."""
+        """How far the logits that lead there are above all others: `(..., N)`; minus infinity where that is NaN."""
         wanted = self._wanted(labels)
         further = _at(out, wanted) - _without(out, wanted).amax(-1)
-        return -further if self.label is None else further
+        return (-further if self.label is None else further).nan_to_num(-math.inf, math.inf, -math.inf)
 
     def reached(self, epoch: Epoch) -> float:
         """The share of the images shown in an epoch that got there."""

@@ -85,6 +85,7 @@ class Changes(ABC):
         with mode(model, training=False):
             out = model(self.changed(images, values[torch.arange(len(images)) % len(values)]))
             (slope,) = torch.autograd.grad(aim.loss(out, labels), values)
+        slope = slope.nan_to_num(0, 0, 0)
         self.values = self._within(self.values - RATE * self.strengths * slope / self._size(slope).clamp(min=_TINY))
         self.reach = 0.8 * self.reach + 0.2 * float(aim.sent(out, labels).float().mean())
 

@@ -158,9 +158,9 @@ def _improve(
 
 
 def _onto_l1_ball(values: Tensor, norm: float) -> Tensor:
-    """The nearest point whose absolute values sum to at most `norm`; small values become 0."""
+    """The nearest point whose absolute values sum to at most `norm`; small values become 0, NaN and infinity stay."""
     sizes = values.abs().flatten()
-    if sizes.sum() <= norm:
+    if sizes.sum() <= norm or not sizes.isfinite().all():
         return values
     ordered = sizes.sort(descending=True).values
     excess = (ordered.cumsum(0) - norm) / torch.arange(1, len(ordered) + 1)

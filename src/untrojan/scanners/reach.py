@@ -3,7 +3,8 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, Verdict
+from untrojan.record import Calibration, Comparison, Diagnosis, Rate, Reach, Target, Trigger, UnlearningRun, Verdict
+from untrojan.scanners.unlearning import FOUND_SHARE
 
 FAR = 0.5
 MOST = 0.8
@@ -15,7 +16,8 @@ RULE = (
     "fewer to any other label, and that holds for at most half of the labels, "
     f"or one patch sends {MOST:.0%} of them to other labels, each class to one of its own; "
     f"inconclusive: it holds for more, or faint perturbations send {MOST:.0%} to a label and many to another as well, "
-    "or none of that but every unlearning run ends on the very label that triggers reach furthest into; "
+    f"or none of that but some unlearning runs come down to the accuracy floor or give a label {FOUND_SHARE:.0%} of "
+    "the predictions, and all of these end on the very label that triggers reach furthest into; "
     "not_found: anything else"
 )
 
@@ -104,7 +106,7 @@ def judge(
     furthest = max(reaches, key=lambda reach: reach.far)
     shown = [trigger.label for trigger in triggers]
     too_far = furthest.far >= 1 or any(reach.faint >= MOST for reach in reaches)
-    survives = furthest.far > 0 and {run.label for run in unlearned.runs} == {furthest.label}
+    survives = furthest.far > 0 and {run.label for run in unlearned.runs if _left_one(run)} == {furthest.label}
     verdict: Verdict = "not_found"
     if targets_of(reaches, shares) or None in shown:
         verdict = "found"
@@ -125,6 +127,11 @@ def judge(
             false_alarms=_at_least(1, clean_models),
         ),
     )
+
+
+def _left_one(run: UnlearningRun) -> bool:
+    """Whether a class survived; none did where the model was too sure to be unlearned, or diverged at once."""
+    return bool(run.trace) and (run.reached or run.share >= FOUND_SHARE)
 
 
 def scores_of(reaches: Sequence[Reach], shares: Mapping[int, float]) -> dict[int, float]:

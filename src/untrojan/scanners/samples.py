@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.errors import ConfigError, ModelError
+from untrojan.errors import ConfigError, ModelError, plain
+from untrojan.model import seeded
 from untrojan.progress import timing
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
 from untrojan.registry import describe
@@ -59,7 +60,7 @@ class ScreeningRecord(RunRecord):
     def label(self, label: int) -> str:
         """A label as a person reads it: its number, and its class name where the record knows one."""
         names = self.clean.class_names or self.suspects.class_names or []
-        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
+        return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,9 +168,9 @@ def screen(
         raise ConfigError(f"expected at least one detector, and each once, got {', '.join(names) or 'none'}")
     if shown < 1:
         raise ConfigError(f"expected at least 1 sample to show, got {shown}")
-    with collected() as caught, timing() as seconds, running_on(device_of(model)):
+    with collected() as caught, timing() as seconds, running_on(device_of(model)), seeded(seed):
         samples = Suspects.of(suspects)
-        require_fit(model, clean, samples)
+        classes = require_fit(model, clean, samples)
         predicted, sha256 = _look(copy.deepcopy(model).eval(), samples)
         diagnosis = diagnosis or TriggerScanner().scan(model, clean, seed)
         scores = {each.name: each.score(model, clean, samples, diagnosis, seed) for each in detectors}
@@ -179,9 +180,9 @@ def screen(
         method=first,
         others=others,
         seed=seed,
-        model=model_info(model, tensors_of(model, source), clean.num_classes, source),
-        clean=clean_info(clean, clean.num_classes),
-        suspects=_info(samples, sha256, clean.num_classes),
+        model=model_info(model, tensors_of(model, source), classes, source),
+        clean=clean_info(clean, classes),
+        suspects=_info(samples, sha256, classes),
         diagnosis=diagnosis,
         disagreeing=int((predicted != samples.labels).sum()),
         top=[

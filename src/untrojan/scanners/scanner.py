@@ -8,7 +8,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import logits, require, seeded
+from untrojan.model import logits, require, seeded, warn_of_chance
 from untrojan.progress import timing
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
 from untrojan.registry import describe
@@ -39,7 +39,9 @@ class Scanner(ABC):
         """
         with running_on(device_of(model)), seeded(seed):
             require(copy.deepcopy(model), clean)
-            return self._scan(copy.deepcopy(model), clean.to(device_of(model)), seed)
+            clean = clean.to(device_of(model))
+            warn_of_chance(copy.deepcopy(model), clean)
+            return self._scan(copy.deepcopy(model), clean, seed)
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:

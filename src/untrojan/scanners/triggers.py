@@ -63,8 +63,8 @@ class TriggerScanner(Unlearning, Scanner):
     images to a label, and far fewer to the others, counts as a patch does. Where a patch is not what reaches the label
     that is found, a warp or recoloring that stands out is the trigger shown. A recoloring alone is no sign: brighter
     images are airplanes to clean models. Triggers of yet other kinds can still show when clean images are unlearned: if
-    the class that survives in all runs is the one that triggers reach furthest into, the verdict is inconclusive. That
-    a class survives is no sign by itself, for clean models collapse into one as well.
+    a class survives, and in each run in which one does it is the one that triggers reach furthest into, the verdict is
+    inconclusive. That a class survives is no sign by itself, for clean models collapse into one as well.
 
     Where no label is reached too far, a patch is searched that sends images away from their own label. If there is one,
     and it sends most images of each class to one label, not all to the same, there is a target for every class and no
@@ -146,7 +146,7 @@ class _Look:
         self.quick = folded(model, shown)
         self.shown = shown
         self.held = held
-        self.few = held.take(range(min(len(held), FEW_IMAGES)))
+        self.few = held.some(FEW_IMAGES, new_generator(seed))
         self.labels = [label for label in range(classes) if (shown.labels != label).any()]
         self.generator = new_generator(seed)
         self.sizes = [math.floor(size * least_area(*held.shape[1:])) for size in SIZES]

@@ -69,9 +69,10 @@ class Unlearning:
     def batches(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the images once, shuffled, in at least four steps where there are enough for that.
 
-        No batch holds a single image, which BatchNorm could not take.
+        No batch holds a single image, which BatchNorm could not take; where there is just one, it is shown twice.
         """
-        return clean.batches(size_with_enough_steps(len(clean), self.batch_size), generator, AUGMENTATIONS[view])
+        shown = clean if len(clean) > 1 else clean.take([0, 0])
+        return shown.batches(size_with_enough_steps(len(shown), self.batch_size), generator, AUGMENTATIONS[view])
 
     def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
         """Maximize the loss on clean images until the accuracy is gone.

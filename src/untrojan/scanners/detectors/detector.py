@@ -58,8 +58,8 @@ class Detector(ABC):
         """Score every sample with a copy of the model that may be changed, the random state seeded."""
 
 
-def require_fit(model: nn.Module, clean: CleanSet, suspects: Suspects) -> None:
-    """Raise unless the clean images fit the model, and the samples fit both."""
+def require_fit(model: nn.Module, clean: CleanSet, suspects: Suspects) -> int:
+    """Raise unless the clean images fit the model, and the samples fit both; give the model's number of classes."""
     require(copy.deepcopy(model), clean)
     if suspects.shape != clean.shape:
         sizes = ["x".join(map(str, shape)) for shape in (clean.shape, suspects.shape)]
@@ -72,8 +72,10 @@ def require_fit(model: nn.Module, clean: CleanSet, suspects: Suspects) -> None:
             "the clean images and the samples name their classes differently; expected one order of classes"
         )
     highest = int(suspects.labels.max())
-    if highest >= clean.num_classes:  # require found at least one clean image of each class of the model
+    classes = int(clean.labels.max()) + 1  # require found at least one clean image of each class of the model
+    if highest >= classes:
         raise DataError(
-            f"labels of the samples go up to {highest}, but the model has {clean.num_classes} classes, 0 to "
-            f"{clean.num_classes - 1}; labels count from 0"
+            f"labels of the samples go up to {highest}, but the model has {classes} classes, 0 to {classes - 1}; "
+            "labels count from 0"
         )
+    return classes
