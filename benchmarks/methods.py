@@ -275,10 +275,12 @@ def page() -> str:
         "methods that learned ten images by heart, and lost what they knew of others, were called repaired; "
         "where it was asked, views with a suspected label counted too, which they do no longer. `auto` with 500 images "
         "is by the present code, but that after an inconclusive scan, which is that of one-shot seed 1 of trojan_sq, "
-        "nothing is called repaired any more; most other cells but those alone are older than the folding of "
+        "nothing is called repaired any more, and that a scan now draws the 64 held-out images on which it first tells "
+        "labels apart, where it took the first; most other cells but those alone are older than the folding of "
         "BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
-        "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot, whose cell of "
-        "gtsrb-badnets was suspended for some 23 of its 58 minutes.",
+        "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot, whose first cell of "
+        "gtsrb-badnets was suspended for some 23 of its 58 minutes. That of gtsrb-trojan_wm, and TSBD on the grid, "
+        "seed 2, ran beside up to four others, nearly twice as long as alone.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):

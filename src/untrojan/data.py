@@ -510,6 +510,10 @@ def _image_and_label(item: Any, name: str) -> tuple[np.ndarray, int]:
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: expected a pair (image, label) with a whole number as label: {error}") from error
     if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except Exception as error:  # a decoder may raise anything on hostile bytes
+            raise DataError(f"{name}: cannot decode the image: {error}") from error
         return pixels(image, name), label
     if isinstance(image, np.ndarray) and image.ndim == 2:
         return image[None], label

@@ -161,16 +161,12 @@ def pixels(image: Image.Image, name: str) -> np.ndarray:
         name: What an error calls it.
 
     Raises:
-        DataError: The image has transparency, CMYK colors or more than 8 bits, or cannot be decoded.
+        DataError: The image has transparency, CMYK colors or more than 8 bits.
 
     Example:
         >>> pixels(Image.new("RGB", (4, 2)), "row 0").shape
         (3, 2, 4)
     """
-    try:
-        image.load()
-    except Exception as error:  # a decoder may raise anything on hostile bytes
-        raise DataError(f"{name}: cannot decode the image: {error}") from error
     if image.mode == "1":
         image = image.convert("L")
     elif image.mode == "P" and not image.has_transparency_data:
