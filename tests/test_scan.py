@@ -21,7 +21,7 @@ from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
 from untrojan.writing import RECORD, REPORT, SARIF
 
-pytestmark = pytest.mark.usefixtures("short_searches")
+pytestmark = [pytest.mark.usefixtures("short_searches"), pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")]
 
 SCANNERS = discover("untrojan.scanners", Scanner)
 QUICK = {
@@ -46,7 +46,6 @@ def test_the_target_of_a_backdoor_is_named():
     assert all(run.reached and run.trace[-1].accuracy <= 0.2 for run in diagnosis.runs)
 
 
-@pytest.mark.usefixtures("short_searches")
 @scanners
 def test_model_and_random_state_stay(net, clean, scanner):
     next(net.children()).train()
