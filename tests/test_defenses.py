@@ -401,6 +401,13 @@ def test_a_method_may_do_what_it_likes_with_its_copy():
     assert torch.equal(repair.model[0].weight, 2 * build("batchnorm")[0].weight)
 
 
+def test_another_architecture_is_told_where_the_model_came_from_a_file_too(tmp_path):
+    net = build("batchnorm")
+    save_state(tmp_path / "a.safetensors", net.state_dict())
+    with pytest.raises(ModelError, match="the method changed the architecture"):
+        Rude(rule="architecture").repair(net, make_clean(), GIVEN, source=Checkpoint.read(tmp_path / "a.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("rule", "error", "text"),
     [

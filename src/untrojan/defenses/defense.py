@@ -177,7 +177,8 @@ class Defense(ABC):
             parent, child = _states(model, outcome.model, source)
             if source is not None:
                 _round_as_saved(outcome.model, child)
-            classes = _require_sound(parent, child, outcome.model, clean)
+            # Logits that are not finite raise here.
+            classes = logits(outcome.model, clean).shape[1] if len(clean) else None
             changed = state_sha256(parent) != state_sha256(child)
             checks = (
                 self._checks(copy.deepcopy(model), outcome, trusted, diagnosis, seed) if changed else outcome.checks
@@ -302,23 +303,23 @@ def _states(
     What the repair left alone keeps the very value of the source, which may be of a finer type than the network's.
     """
     before, after = tensors_of(model), tensors_of(repaired)
+    if {name: value.shape for name, value in before.items()} != {name: value.shape for name, value in after.items()}:
+        raise ModelError("the method changed the architecture: expected the same state-dict keys and shapes")
     if source is None:
         return _copies(before), _copies(after)
     before, after = unprefixed(before), unprefixed(after)
     finest = {name: _finest(before[name], value) for name, value in source.tensors.items()}
-    child = {
-        name: torch.where(after[name].cpu() == before[name].cpu(), finest[name], after[name].cpu().to(value.dtype))
+    return finest, {
+        name: torch.where(after[name].cpu() == before[name].cpu(), value, after[name].cpu().to(value.dtype))
         for name, value in finest.items()
-        if after[name].shape == value.shape
     }
-    return finest, {name: child.get(name, after[name].to("cpu", copy=True)) for name in finest}
 
 
 def _round_as_saved(model: nn.Module, child: Mapping[str, Tensor]) -> None:
     """Give a network the values that its file will hold, which may be of a coarser type, so that these are judged."""
     own = unprefixed(tensors_of(model))
     for name, saved in child.items():
-        if saved.shape == own[name].shape and not torch.equal(own[name].cpu(), saved.to(own[name].dtype)):
+        if not torch.equal(own[name].cpu(), saved.to(own[name].dtype)):
             own[name].copy_(saved)
 
 
@@ -330,15 +331,6 @@ def _finest(value: Tensor, original: Tensor) -> Tensor:
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in state.items()}
-
-
-def _require_sound(
-    parent: Mapping[str, Tensor], child: Mapping[str, Tensor], model: nn.Module, clean: CleanSet
-) -> int | None:
-    """Raise unless the child is a working network of the parent's shape; give its number of classes, if known."""
-    if {name: value.shape for name, value in parent.items()} != {name: value.shape for name, value in child.items()}:
-        raise ModelError("the method changed the architecture: expected the same state-dict keys and shapes")
-    return logits(model, clean).shape[1] if len(clean) else None
 
 
 def _accuracy(correct: Tensor, held_out: bool) -> Accuracy:
