@@ -142,7 +142,8 @@ def page() -> Iterator[str]:
     yield "for every class, too. Others are older. Published models on GTSRB with 500 images, and with 43 on seed 0,"
     yield "are older than the second search for the more promising half of many labels. Reaches are told as now,"
     yield "with warps, and perturbations by what they have over other labels; verdicts are those of the scans."
-    yield "With 500 images most took the first 64 held-out ones, which lie in random order, where 64 are drawn now."
+    yield "With 500 images most took the first 64 held-out ones, which lie in random order, where 64 are drawn now;"
+    yield "badnets, l0_inv and trojan_sq on CIFAR-10, seed 0, are by the present code, on a processor without bfloat16."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
