@@ -553,6 +553,11 @@ class TestParquet:
         write_parquet(tmp_path / f"{test}.parquet", cells[:1], labels[:1])
         assert len(CleanSet.load(tmp_path)) == len(cells)
 
+    def test_a_path_that_no_file_can_have(self, tmp_path):
+        write_parquet(tmp_path / "a.parquet", [{"bytes": None, "path": "x" * 300}], [0])
+        with pytest.raises(DataError, match=r"a\.parquet row 0: cannot decode the image: .*File name too long"):
+            CleanSet.load(tmp_path / "a.parquet")
+
     def test_splits_without_train(self, tmp_path):
         cells, labels = self.cells()
         write_parquet(tmp_path / "test-0.parquet", cells, labels)

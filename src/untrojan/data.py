@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from untrojan.augmentation import Augment
 from untrojan.errors import ConfigError, DataError, utf8
-from untrojan.readers import channels_first, check_alike, open_rows, pixels, stack, to_tensor
+from untrojan.readers import channels_first, check_alike, decoding, open_rows, pixels, stack, to_tensor
 
 Numbers = Tensor | np.ndarray
 
@@ -510,11 +510,8 @@ def _image_and_label(item: Any, name: str) -> tuple[np.ndarray, int]:
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: expected a pair (image, label) with a whole number as label: {error}") from error
     if isinstance(image, Image.Image):
-        try:
-            image.load()
-        except Exception as error:  # a decoder may raise anything on hostile bytes
-            raise DataError(f"{name}: cannot decode the image: {error}") from error
-        return pixels(image, name), label
+        with decoding(name):
+            return pixels(image, name), label
     if isinstance(image, np.ndarray) and image.ndim == 2:
         return image[None], label
     if isinstance(image, np.ndarray) and image.ndim == 3:

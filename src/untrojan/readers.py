@@ -218,15 +218,28 @@ def check_alike(first: str, expected: np.ndarray, name: str, image: np.ndarray) 
         )
 
 
-def _decode(file: io.BytesIO | Path, name: str) -> np.ndarray:
+@contextlib.contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn whatever the decoder of an image trips over into one line with its name.
+
+    Example:
+        >>> with decoding("row 0"):
+        ...     Image.open(io.BytesIO(b"no image"))
+        Traceback (most recent call last):
+        untrojan.errors.DataError: row 0: cannot decode the image: unknown or broken format
+    """
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            return pixels(image, name)
+        yield
     except DataError:
         raise
     except Exception as error:  # a decoder may raise anything on hostile bytes
         reason = "unknown or broken format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise DataError(f"{name}: cannot decode the image: {reason}") from error
+
+
+def _decode(file: io.BytesIO | Path, name: str) -> np.ndarray:
+    with decoding(name), Image.open(file, formats=_FORMATS) as image:
+        return pixels(image, name)
 
 
 def _decode_cell(cell: Any, name: str) -> np.ndarray:
@@ -235,8 +248,9 @@ def _decode_cell(cell: Any, name: str) -> np.ndarray:
         held = cell.get("bytes") or Path(cell.get("path") or "")
     if isinstance(held, bytes):
         return _decode(io.BytesIO(held), name)
-    if isinstance(held, Path) and held.is_file():
-        return _decode(held, name)
+    with decoding(name):
+        if isinstance(held, Path) and held.is_file():
+            return _decode(held, name)
     raise DataError(f"{name}: expected an encoded image, got {'no bytes' if isinstance(cell, dict) else type(cell)}")
 
 
@@ -415,9 +429,7 @@ def _open_dataset(dataset: Any, where: str) -> Rows:
             rows = chosen[start : start + _ROWS_AT_A_TIME].tolist()
             for row, cell in zip(rows, cells[rows].column(image).to_pylist(), strict=True):
                 name = f"{where} row {row}"
-                with _reading(Path(name)):
-                    decoded = _decode_cell(cell, name)
-                yield name, decoded
+                yield name, _decode_cell(cell, name)
 
     return Rows(labels, lambda chosen: stack(named(chosen), len(chosen)), _class_names(features[label]))
 

@@ -373,9 +373,14 @@ class RunRecord(AnyRecord):
     command: str | None = None
     warnings: list[str] = Field(default_factory=list)
 
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in label order; none where nobody told."""
+        return self.clean.class_names or []
+
     def label(self, label: int) -> str:
         """A label as a person reads it: its number, and its class name where the record knows one."""
-        names = self.clean.class_names or []
+        names = self.class_names
         return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from untrojan.cli import FAILED, printable
-from untrojan.cli.options import quiet_option, require_writable, working
+from untrojan.cli.options import quiet_option, require_output, require_writable, working
 from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
@@ -46,11 +46,9 @@ def run(
     The command may be killed at any time: the next call goes on where it ended. Exits with 2 when cells failed, now or
     earlier.
     """
-    if out.is_file():
-        raise ConfigError(f"{out} is a file; give a folder")
+    require_output(out, force=True)
     if gpus is not None and not ray:
         raise ConfigError("--gpus is what Ray gives each cell; without --ray all cells share the GPU of this machine")
-    require_writable(out)
     size = jobs or len(os.sched_getaffinity(0))
     if not (dry_run or ray):
         begin()

@@ -6,8 +6,7 @@ from pathlib import Path
 import click
 
 from untrojan.cli import FAILED, printable
-from untrojan.cli.options import quiet_option, require_writable, working
-from untrojan.errors import ConfigError
+from untrojan.cli.options import quiet_option, require_output, working
 from untrojan.lab.zoo import MANIFEST, Zoo, fill
 
 
@@ -22,10 +21,8 @@ def zoo(zoo_file: Path, out: Path, quiet: bool) -> int:
     is kept, an interrupted training goes on, and what cannot be trained is told and passed over; the exit code is then
     2. An attack that did not take is a result like any other. OUT/manifest.json holds hashes, recipes, ACC and ASR.
     """
-    if out.is_file():
-        raise ConfigError(f"{out} is a file; give a folder")
+    require_output(out, force=True)
     asked = Zoo.load(zoo_file)
-    require_writable(out)
     results, failed = sys.stdout, 0
     with working(quiet):
         for outcome in fill(asked, out):

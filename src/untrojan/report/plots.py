@@ -144,7 +144,7 @@ def _name_rows(chart: figure, names: Sequence[str]) -> None:
 
 
 def _class_names(record: RunRecord, labels: Sequence[int]) -> list[str]:
-    names = record.clean.class_names or []
+    names = record.class_names
     return [f"{label} {visible(names[label])}" if label < len(names) else str(label) for label in labels]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.errors import ConfigError, ModelError, plain
+from untrojan.errors import ConfigError, ModelError
 from untrojan.model import seeded
 from untrojan.progress import timing
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
@@ -57,10 +57,10 @@ class ScreeningRecord(RunRecord):
     disagreeing: int
     top: list[Sample]
 
-    def label(self, label: int) -> str:
-        """A label as a person reads it: its number, and its class name where the record knows one."""
-        names = self.clean.class_names or self.suspects.class_names or []
-        return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in label order, by the clean images or else by the samples."""
+        return super().class_names or self.suspects.class_names or []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -309,11 +309,8 @@ def _state_dict(path: str | Path, loaded: object) -> tuple[str, dict[str, Tensor
         raise ModelError(f"{path} holds a {type(loaded).__name__}; expected a state dict: names and their tensors")
     found = dict(_state_dicts(loaded, ()))
     if not found:
-        keys = (
-            enumerated((key if isinstance(key, str) else type(key).__name__ for key in dict.keys(loaded)), ", ")
-            or "nothing"
-        )
-        raise ModelError(f"{path} holds no tensors by name; at its top are: {keys}")
+        keys = [key if isinstance(key, str) else type(key).__name__ for key in dict.keys(loaded)]
+        raise ModelError(f"{path} holds no tensors by name; at its top are: {enumerated(keys, ', ') or 'nothing'}")
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} state dicts, under {' and '.join(found)}; expected one by itself")
     return found.popitem()
@@ -349,11 +346,13 @@ def _refuse_odd_tensors(path: str | Path, tensors: Mapping[str, Tensor], size: i
 def _prefix(names: Collection[str]) -> str:
     """The `PREFIXES`, one after the other, that all names begin with."""
     prefix = ""
-    while longer := [
-        prefix + each for each in PREFIXES if names and all(name.startswith(prefix + each) for name in names)
-    ]:
-        prefix = longer[0]
+    while longer := next((prefix + each for each in PREFIXES if _all_begin(names, prefix + each)), ""):
+        prefix = longer
     return prefix
+
+
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def _misfits(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> list[str]:

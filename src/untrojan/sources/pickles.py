@@ -146,8 +146,9 @@ def _heaviest(instructions: Iterable[Instruction]) -> int:
                 case _:
                     taken = _taken(stack, opcode.stack_before)
                     is_tuple = opcode.name.startswith("TUPLE") or opcode.name == "REDUCE"
-                    stack += [1 + sum(taken) if is_tuple else 1] * len(opcode.stack_after)
-                    heaviest = max(heaviest, *stack[-1:], 0)
+                    weight = 1 + sum(taken) if is_tuple else 1
+                    stack += [weight] * len(opcode.stack_after)
+                    heaviest = max(heaviest, weight)
     return heaviest
 
 
