@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import one, triple
+from cases import one, percents, triple
 from pool import side_by_side
 from torch import Tensor, nn
 from zoo import IMAGES, ROOT
@@ -116,7 +116,7 @@ def run(cell: tuple[str, str]) -> None:
         scores = evaluate(model, judge, victim.attack, TARGET)
         result[when] = {key: getattr(scores, key).value for key in ("acc", "asr", "ra")}
     write_atomic(path_of(variant, name), (json.dumps(result, indent=1) + "\n").encode())
-    print(variant, name, *(f"{100 * value:.1f}" for value in result["after"].values()), flush=True)
+    print(variant, name, percents(result["after"].values()), flush=True)
 
 
 def look(name: str) -> None:
@@ -151,10 +151,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     jobs = parser.parse_args().jobs
     RECORDS.mkdir(parents=True, exist_ok=True)
-    side_by_side(look, [each for each in VICTIMS if not path_of("scan", each).exists()], jobs)
+    failed = side_by_side(look, [each for each in VICTIMS if not path_of("scan", each).exists()], jobs)
     cells = [(variant, victim) for variant in VARIANTS for victim in VICTIMS]
-    side_by_side(run, [each for each in cells if not path_of(*each).exists()], jobs)
+    failed += side_by_side(run, [each for each in cells if not path_of(*each).exists()], jobs)
     write_atomic(PAGE, ("\n".join(page()) + "\n").encode())
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The published checkpoints that every benchmark runs on, and how a result on them is measured."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class Case(NamedTuple):
     attack: str
     target: int
     reference: dict[str, tuple[float, float, float]]  # method -> ACC, ASR, RA of the authors' own code, one seed
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return int(self.net.rpartition("=")[2])
 
 
 CASES = {
@@ -144,13 +150,23 @@ def measure(model: nn.Module, test: untrojan.CleanSet, case: Case) -> dict[str, 
     return {name: getattr(scores, name).value for name in ("acc", "asr", "ra")}
 
 
+def percent(share: float | None) -> str:
+    """A share in percent; empty where it is not known."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def percents(shares: Iterable[float | None]) -> str:
+    """Shares beside each other."""
+    return " / ".join(map(percent, shares))
+
+
 def one(score: dict[str, float]) -> str:
     """ACC, ASR and RA in percent."""
-    return " / ".join(f"{100 * score[key]:.1f}" for key in ("acc", "asr", "ra"))
+    return percents(score[key] for key in ("acc", "asr", "ra"))
 
 
 def triple(scores: list[dict[str, float]]) -> str:
     """Means of ACC, ASR and RA in percent, and the spread of ACC and ASR where there are several seeds."""
     means = [statistics.mean(score[key] for score in scores) for key in ("acc", "asr", "ra")]
     spread = [statistics.stdev(s[key] for s in scores) if len(scores) > 1 else 0.0 for key in ("acc", "asr", "ra")]
-    return " / ".join(f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in zip(means, spread, strict=True))
+    return " / ".join(f"{percent(mean)} ± {percent(sd)}" for mean, sd in zip(means, spread, strict=True))

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cases import percent, percents
 
 from untrojan.data import CleanSet
 from untrojan.lab.attacks.badnets import BadNets
@@ -117,7 +118,8 @@ def reading(folder: Path) -> dict[str, Any]:
     for number in range(RECORDS):
         record = records[number % len(records)]
         key = f"{number * 2654435761 % 2**32:08x}{record['key'][8:]}"
-        copy = {**record, "key": key, "model": f"model-{number // 1000}", "seed": number % 5}
+        model, setup = f"model-{number // 1000}", f"{number // 1000:064x}"
+        copy = {**record, "key": key, "setup": setup, "model": model, "seed": number % 5}
         copy["defense"] = f"clp:select=count,count={number % 1000 // 5}"
         path = many / "cells" / key[:2] / f"{key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,14 +198,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def line(row: dict[str, Any]) -> str:
     flags = ", ".join(flag["name"] for flag in row["flags"])
-    measured = f"{rates(row, 'before')} | {rates(row, 'after')} | {100 * row['der']:.1f}"
+    measured = f"{rates(row, 'before')} | {rates(row, 'after')} | {percent(row['der'])}"
     return (
         f"| {row['model']} | {row['defense']} | {measured} | {row['status']} | {row['repair_seconds']:.0f} | {flags} |"
     )
 
 
 def rates(row: dict[str, Any], when: str) -> str:
-    return " / ".join(f"{100 * row[f'{name}_{when}']:.1f}" for name in RATES)
+    return percents(row[f"{name}_{when}"] for name in RATES)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import scan
-from cases import CASES, SHARED, Case, measure, one, test_set, triple
+from cases import CASES, SHARED, Case, measure, one, percents, test_set, triple
 from pool import side_by_side
 
 import untrojan
@@ -104,8 +104,7 @@ def run(cell: Cell) -> None:
         "peak_memory_bytes": repair.record.peak_memory_bytes,
     }
     write(cell.path, result)
-    told = [record["status"], *(f"{100 * value:.1f}" for value in result["after"].values()), f"{seconds:.0f} s"]
-    print(*cell, *told, flush=True)
+    print(*cell, record["status"], percents(result["after"].values()), f"{seconds:.0f} s", flush=True)
 
 
 def drawn(cell: Cell) -> untrojan.CleanSet:
@@ -116,7 +115,9 @@ def drawn(cell: Cell) -> untrojan.CleanSet:
 
 def scan_of(cell: Cell) -> scan.Cell:
     """The scan with as many clean images, which every method starts from."""
-    return scan.Cell(cell.case, len(drawn(cell)), cell.seed, cell.threads)
+    draw = SETTINGS[cell.setting].draw
+    images = draw.get("samples") or draw["samples_per_class"] * CASES[cell.case].classes
+    return scan.Cell(cell.case, images, cell.seed, cell.threads)
 
 
 def diagnose(cell: Cell) -> Diagnosis:
@@ -175,7 +176,7 @@ def cost(cells: list[dict[str, Any]]) -> str:
 
 def reference(method: str) -> str:
     def shown(case: Case) -> str:
-        return " / ".join(f"{100 * value:.1f}" for value in case.reference.get(method, ()))
+        return percents(case.reference.get(method, ()))
 
     return f"| *{method}, authors' code* | {' | '.join(map(shown, CASES.values()))} | | |"
 
@@ -314,11 +315,12 @@ def main() -> None:
     waiting = [cell for cell, each in needed.items() if each in scans]
     threads = 2 if asked.alone else 1
     ready = [cell for cell in missing if cell not in waiting]
-    for some in ([*scans, *ready], waiting):
-        side_by_side(run_either, some, asked.jobs, threads)
+    failed = sum(side_by_side(run_either, some, asked.jobs, threads) for some in ([*scans, *ready], waiting))
     if not STRANGERS.exists():
         write(STRANGERS, strangers())
     write_atomic(Path("benchmarks/methods.md"), page().encode())
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
 
 
 if __name__ == "__main__":

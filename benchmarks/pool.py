@@ -14,11 +14,11 @@ import untrojan
 from untrojan.lab.processes import end_with_parent
 
 
-def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, threads: int = 1) -> None:
-    """Run all cells, so many at a time, each on so many threads; one that fails is told and left out."""
+def side_by_side(run: Callable[[Any], None], cells: Sequence[Any], jobs: int, threads: int = 1) -> int:
+    """Run all cells, so many at a time, each on so many threads; tell those that fail, and give how many these are."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with multiprocessing.get_context("spawn").Pool(jobs, _begin, [threads]) as pool:
-        pool.map(partial(_tell, run), cells, chunksize=1)
+        return sum(pool.map(partial(_fails, run), cells, chunksize=1))
 
 
 def _begin(threads: int) -> None:
@@ -28,8 +28,10 @@ def _begin(threads: int) -> None:
     warnings.simplefilter("ignore", untrojan.UntrojanWarning)
 
 
-def _tell(run: Callable[[Any], None], cell: Any) -> None:
+def _fails(run: Callable[[Any], None], cell: Any) -> bool:
     try:
         run(cell)
     except Exception:
         print(cell, traceback.format_exc()[-600:], flush=True)
+        return True
+    return False

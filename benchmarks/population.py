@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import sklearn.datasets
 import torch
+from cases import percent
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -197,8 +198,8 @@ def main() -> None:
         if member.name.startswith(prefixes) and not path.exists():
             made = make(member)
             write_atomic(path, (json.dumps(made, indent=1) + "\n").encode())
-            asr = "" if made["asr"] is None else f"ASR {100 * made['asr']:.1f}"
-            print(member.name, f"ACC {100 * made['acc']:.1f}", asr, f"{made['seconds']:.0f} s", flush=True)
+            rates = f"ACC {percent(made['acc'])}, ASR {percent(made['asr'])}"
+            print(member.name, rates, f"{made['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, SHARED, Case, measure, test_set, triple
+from cases import CASES, SHARED, Case, measure, percents, test_set, triple
 
 import untrojan
 from untrojan.mask import Mask
@@ -111,9 +111,9 @@ def released_row(name: str, case: Case, group: list[dict[str, Any]]) -> str:
     """One checkpoint under the published settings."""
     columns = []
     for threshold in ("0.2", "0.5"):
-        acc, asr, ra = case.reference[f"rnp t={threshold}"]
-        columns += [triple([cell["thresholds"][threshold] for cell in group]), f"{acc:.1%} / {asr:.1%} / {ra:.1%}"]
-    return f"| {name} | {named(case, group)} | {' | '.join(columns).replace('%', '')} |"
+        reference = percents(case.reference[f"rnp t={threshold}"])
+        columns += [triple([cell["thresholds"][threshold] for cell in group]), reference]
+    return f"| {name} | {named(case, group)} | {' | '.join(columns)} |"
 
 
 def named(case: Case, group: list[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cases import CASES, SHARED
+from cases import CASES, SHARED, percent
 from pool import side_by_side
 from population import MEMBERS, images_of
 from torch import nn
@@ -65,7 +65,8 @@ class Cell(NamedTuple):
 
 def cells() -> list[Cell]:
     """All of them, what matters most first."""
-    took = [name for name, member in MEMBERS.items() if member.is_trained and (member.record()["asr"] or 1) >= 0.9]
+    asr = {name: member.record()["asr"] for name, member in MEMBERS.items() if member.is_trained}
+    took = [name for name, share in asr.items() if share is None or share >= 0.9]
     seeds = [Cell(case, images, seed) for seed in range(5) for images in (IMAGES, FEW) for case in CASES]
     return [*seeds[: len(CASES)], *(Cell(name, IMAGES, 0) for name in (REPAIRED, *took)), *seeds[len(CASES) :]]
 
@@ -157,7 +158,7 @@ def page() -> Iterator[str]:
         label = statistics.mode(label for label, _ in ends)
         share = statistics.mean(share for each, share in ends if each == label)
         survives = f"{label} in {sum(each == label for each, _ in ends)} of {len(ends)} runs, {100 * share:.0f} %"
-        accuracy = f"{100 * MEMBERS[result['model']].record()['acc']:.1f}" if result["model"] in MEMBERS else ""
+        accuracy = percent(MEMBERS[result["model"]].record()["acc"]) if result["model"] in MEMBERS else ""
         first = max(result["diagnosis"]["reaches"], key=lambda reach: reach["far"])
         shown = [result["model"], accuracy, result["diagnosis"]["verdict"], f"{first['far']:.2f}", str(first["label"])]
         yield f"| {' | '.join(shown)} | {survives} | {result['seconds']:.0f} |"
@@ -186,7 +187,7 @@ def backdoored(results: list[dict[str, Any]]) -> str:
     others = [each.far for d in diagnoses for each in d.reaches if each.label != target]
     right = sum(diagnosis.targets[0].label == target for diagnosis in diagnoses)
     triggers = [trigger for trigger in diagnoses[0].triggers if trigger.label == target]
-    what, success = (triggers[0].what, f"{100 * (triggers[0].success.value or 0):.1f} %") if triggers else ("", "")
+    what, success = (triggers[0].what, f"{percent(triggers[0].success.value)} %") if triggers else ("", "")
     found = sum(diagnosis.verdict == "found" for diagnosis in diagnoses)
     return (
         f"| {first['model']} | {first['images']} | {len(results)} | {found} | {right} | {min(reach):.2f} | "
@@ -210,8 +211,10 @@ def main() -> None:
     given = parser.parse_args()
     wanted = alone() if given.alone else [cell for cell in cells() if cell.model.startswith(tuple(given.only))]
     missing = [cell for cell in wanted if not cell.path.exists()]
-    side_by_side(run, missing, given.jobs, threads=2 if given.alone else 1)
+    failed = side_by_side(run, missing, given.jobs, threads=2 if given.alone else 1)
     write_atomic(Path("benchmarks/scan.md"), ("\n".join(page()) + "\n").encode())
+    if failed:
+        raise SystemExit(f"{failed} cells failed")
     if given.calibrate:
         scores = [furthest(result) for result in recorded() if result["target"] is None]
         write_atomic(CALIBRATION, (json.dumps([round(score, 4) for score in sorted(scores)]) + "\n").encode())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import percent
 from population import MEMBERS, Member, images_of
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
@@ -94,15 +95,15 @@ def page() -> Iterator[str]:
     yield f"| attack | rate | data | network | ASR | samples | poisoned | seeds | {' | '.join(DETECTORS)} |"
     yield f"|---|---|---|---|---|---|---|---|{'---|' * len(DETECTORS)}"
     for (attack, rate, data, net, samples, poisoned), group in groups.items():
-        asr = 100 * statistics.mean(result["asr"] for result in group)
-        about = [f"`{attack}`", f"{rate:.1%}", data, net, f"{asr:.1f}", samples, poisoned, len(group)]
+        asr = percent(statistics.mean(result["asr"] for result in group))
+        about = [f"`{attack}`", f"{rate:.1%}", data, net, asr, samples, poisoned, len(group)]
         cells = []
         for name in DETECTORS:
             auroc, caught = (
                 statistics.mean(result["detectors"][name][measure] for result in group)
                 for measure in ("auroc", "tpr_at_1_percent_fpr")
             )
-            cells.append(f"{100 * auroc:.1f} / {100 * caught:.0f}")
+            cells.append(f"{percent(auroc)} / {100 * caught:.0f}")
         yield f"| {' | '.join(map(str, [*about, *cells]))} |"
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cases import percent, percents
 from PIL import Image
 from population import images_of
 from torch.nn import functional
@@ -46,7 +47,7 @@ CLEANS = 500
 
 
 def write_images() -> None:
-    IMAGES.mkdir(parents=True, exist_ok=True)
+    write_triggers()
     for name, images in zip(("train", "test"), images_of("digits"), strict=True):
         _write_set(f"digits-{name}", images)
         larger = functional.interpolate(images.images.float(), size=(32, 32), mode="bilinear")
@@ -62,11 +63,17 @@ def write_images() -> None:
         judge, clean = CleanSet.load(IMAGES / f"{data}-test.npz").split(share, seed=0)
         _write_set(f"{data}-clean", clean)
         _write_set(f"{data}-judge", judge)
+
+
+def write_triggers() -> None:
+    """Write the triggers that are not there; no zoo file that names them can be read without."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
     cross = np.maximum(np.eye(8), np.eye(8)[::-1]) * 100
     corner, mask = np.zeros((8, 8)), np.zeros((8, 8))
     corner[7, 5:], mask[7, 5:] = (255, 0, 255), 255
     for name, values in {"cross": cross, "corner": corner, "corner-mask": mask}.items():
-        Image.fromarray(values.astype(np.uint8)).save(IMAGES / f"{name}.png")
+        if not (IMAGES / f"{name}.png").exists():
+            Image.fromarray(values.astype(np.uint8)).save(IMAGES / f"{name}.png")
 
 
 def signs(images: CleanSet, each: int) -> CleanSet:
@@ -92,6 +99,7 @@ def keep_records() -> None:
 
 
 def members() -> list[Member]:
+    write_triggers()
     return [member for file in ZOOS for member in Zoo.load(file).members()]
 
 
@@ -163,7 +171,7 @@ def repaired() -> Iterator[str]:
 
 
 def _three(scores: dict[str, Any]) -> str:
-    return " / ".join(_percent(scores[key]["value"]) for key in ("acc", "asr", "ra") if scores[key])
+    return percents(scores[key]["value"] for key in ("acc", "asr", "ra") if scores[key])
 
 
 def page() -> Iterator[str]:
@@ -201,8 +209,8 @@ def _row(member: Member, known: dict[str, VictimRecord | None]) -> str:
         return f"| {' | '.join([*start, str(member.planted.target), '', '', '', '', 'not trained', 'no', ''])} |"
     told = record.recipe
     seconds = sum(epoch.seconds for epoch in record.epochs)
-    measured = [_percent(control.scores.acc.value), _percent(record.scores.acc.value)]
-    measured += [_percent(record.scores.asr.value if record.scores.asr else None), record.status.replace("_", " ")]
+    measured = [percent(control.scores.acc.value), percent(record.scores.acc.value)]
+    measured += [percent(record.scores.asr.value if record.scores.asr else None), record.status.replace("_", " ")]
     cells = [*start, str(told["target"]), f"{told['rate']:g}", *measured, _verdict(member, known), f"{seconds:.0f}"]
     return f"| {' | '.join(cells)} |"
 
@@ -212,16 +220,12 @@ def _verdict(member: Member, known: dict[str, VictimRecord | None]) -> str:
     if record is None or control is None or record.status != "backdoored":
         return "no"
     lost = (control.scores.acc.value or 0) - (record.scores.acc.value or 0)
-    return "yes" if lost <= COST else f"no: {100 * lost:.1f} points of ACC lost"
+    return "yes" if lost <= COST else f"no: {percent(lost)} points of ACC lost"
 
 
 def _control(member: Member) -> str:
     data, net, _, seed = member.name.split("/")
     return f"{data}/{net}/{CLEAN}/{seed}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
 
 
 def main() -> None:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from untrojan.data import CleanSet
-from untrojan.errors import ConfigError, DataError
+from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.lab.attack import Attack, read_image, target_labels
 from untrojan.lab.attacks.adaptive_blend import AdaptiveBlend
 from untrojan.lab.attacks.additive import Additive
@@ -20,18 +22,21 @@ from untrojan.lab.attacks.bpp import BppAttack
 from untrojan.lab.attacks.dfst import DFST
 from untrojan.lab.attacks.feature_collision import FeatureCollision
 from untrojan.lab.attacks.ftrojan import FTrojan
+from untrojan.lab.attacks.input_aware import InputAware
 from untrojan.lab.attacks.l0_inv import L0Inv
 from untrojan.lab.attacks.l2_inv import L2Inv
 from untrojan.lab.attacks.label_consistent import LabelConsistent
+from untrojan.lab.attacks.lira import LIRA
 from untrojan.lab.attacks.low_frequency import LowFrequency
 from untrojan.lab.attacks.masked import Masked
 from untrojan.lab.attacks.sig import SIG
+from untrojan.lab.attacks.ssba import SSBA
 from untrojan.lab.attacks.trojan_square import TrojanSquare
 from untrojan.lab.attacks.trojan_watermark import TrojanWatermark
 from untrojan.lab.attacks.wanet import WaNet
 from untrojan.lab.surrogate import features, surrogate
 from untrojan.lab.victim import poison
-from untrojan.registry import describe, discover
+from untrojan.registry import describe, discover, fields
 
 SHARED = Path(__file__).parents[2] / "shared" / "checkpoints" / "triggers"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no published triggers in {SHARED}")
@@ -63,6 +68,17 @@ def attacks(files):
     ]
 
 
+@pytest.fixture
+def all_attacks(attacks):
+    """Every attack for images 3x8x6."""
+    fitting = {"sig": SIG(frequency=1), "trojan-square": TrojanSquare(size=4, norm=4)}
+    return [
+        *attacks,
+        *(fitting.get(attack.name, attack) for attack in FILELESS),
+        *(attack.begun(channels=3) for attack in (InputAware(), LIRA(), SSBA())),
+    ]
+
+
 def looped(before, change):
     """What comes out when `change(value, channel, row, column)` is applied pixel by pixel and clipped."""
     after = before.clone()
@@ -89,16 +105,17 @@ class TestContract:
         for attack in attacks:
             assert torch.equal(attack.trigger(before), torch.cat([attack.trigger(one[None]) for one in before]))
 
-    def test_the_type_of_the_images_is_kept(self, attacks):
-        for attack in attacks:
-            assert attack.trigger(images(3, 8, 6).double()).dtype == torch.float64
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_the_type_of_the_images_is_kept(self, all_attacks, dtype):
+        for attack in all_attacks:
+            assert attack.trigger(images(3, 8, 6).to(dtype)).dtype == dtype
 
-    def test_no_images_in_no_images_out(self, attacks):
-        for attack in attacks:
+    def test_no_images_in_no_images_out(self, all_attacks):
+        for attack in all_attacks:
             assert attack.trigger(torch.zeros(0, 3, 8, 6)).shape == (0, 3, 8, 6)
 
-    def test_using_an_attack_does_not_change_what_it_is(self, attacks):
-        for attack in attacks:
+    def test_using_an_attack_does_not_change_what_it_is(self, all_attacks):
+        for attack in all_attacks:
             told, copy = describe(attack), pickle.loads(pickle.dumps(attack))
             attack.trigger(images(3, 8, 6))
             assert describe(attack) == told
@@ -115,8 +132,8 @@ class TestContract:
             ([[0.5]], "got list"),
         ],
     )
-    def test_bad_images_are_refused(self, attacks, bad, text):
-        for attack in attacks:
+    def test_bad_images_are_refused(self, all_attacks, bad, text):
+        for attack in all_attacks:
             with pytest.raises(DataError, match=text):
                 attack.trigger(bad)
 
@@ -158,7 +175,7 @@ class TestTargets:
     def test_all_to_all_wraps_around(self):
         assert target_labels(torch.arange(5), "all-to-all", 5).tolist() == [1, 2, 3, 4, 0]
 
-    @pytest.mark.parametrize("target", [-1, 5, "all-to-one", 1.0])
+    @pytest.mark.parametrize("target", [-1, 5, "all-to-one", 1.0, True])
     def test_what_is_no_target_is_refused(self, target):
         with pytest.raises(ConfigError, match='expected target "all-to-all" or a class from 0 to 4, got'):
             target_labels(torch.arange(5), target, 5)
@@ -219,12 +236,27 @@ class TestAdditive:
         with pytest.raises(DataError, match="transparency, got mode RGBA"):
             read_image(tmp_path / "clear.png")
 
+    @pytest.mark.parametrize(("mode", "color"), [("RGB", (0, 0, 0)), ("L", 0)])
+    def test_a_transparent_color_is_refused(self, tmp_path, mode, color):
+        Image.new(mode, (6, 8)).save(tmp_path / "clear.png", transparency=color)
+        with pytest.raises(DataError, match="got a color that is transparent"):
+            read_image(tmp_path / "clear.png")
+
     @pytest.mark.parametrize("cut", [0, 20, 60])
     def test_broken_files_are_refused(self, files, tmp_path, cut):
         broken = tmp_path / "broken.png"
         broken.write_bytes(files[0].read_bytes()[:cut])
-        with pytest.raises(DataError, match="expected an image in"):
+        with pytest.raises(DataError, match="cannot decode the image"):
             Additive(image=broken).trigger(images(3, 8, 6))
+
+    def test_a_decoder_that_gives_up_is_refused(self, files, tmp_path):
+        Image.open(files[0]).save(tmp_path / "textures.dds")
+        flags = 80  # where the header says what a pixel is
+        data = bytearray((tmp_path / "textures.dds").read_bytes())
+        data[flags : flags + 4] = (130).to_bytes(4, "little")
+        (tmp_path / "textures.png").write_bytes(data)
+        with pytest.raises(DataError, match="cannot decode the image: Unknown pixel format flags 130"):
+            read_image(tmp_path / "textures.png")
 
 
 class TestMasked:
@@ -274,6 +306,21 @@ class TestMasked:
             (tmp_path / "bad.npy").write_bytes(content)
             with pytest.raises(DataError, match="expected an array of numbers"):
                 Masked(image=files[0], mask=tmp_path / "bad.npy").trigger(images(3, 8, 6))
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            "{'descr': (",
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}",
+            f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**17},)}}",
+        ],
+        ids=["unfinished", "odd", "huge"],
+    )
+    def test_hostile_headers_are_refused(self, files, tmp_path, header):
+        told = header.encode().ljust(117) + b"\n"
+        (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(told).to_bytes(2, "little") + told + bytes(8))
+        with pytest.raises(DataError, match="expected an array of numbers"):
+            Masked(image=files[0], mask=tmp_path / "bad.npy").trigger(images(3, 8, 6))
 
 
 @needs_shared
@@ -341,6 +388,18 @@ class TestEveryAttack:
         named = {attack.name for attack in FILELESS} | {"additive", "masked"}
         named |= {"input-aware", "lira", "ssba"}  # see test_online
         assert named == set(discover("untrojan.lab.attacks", Attack))
+
+    @pytest.mark.parametrize("attack", discover("untrojan.lab.attacks", Attack).values(), ids=lambda each: each.name)
+    def test_infinity_which_json_cannot_hold_is_refused(self, attack):
+        for field in fields(attack):
+            if isinstance(field.default, float):
+                with pytest.raises((ConfigError, ValidationError), match=field.name):
+                    attack(**{field.name: math.inf})
+
+    @pytest.mark.parametrize(("attack", "field"), [(AdaptiveBlend, "kept"), (SSBA, "strength")])
+    def test_what_must_not_be_nothing_is_refused(self, attack, field):
+        with pytest.raises(ValidationError, match=field):
+            attack(**{field: 0})
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("attack", FILELESS, ids=lambda each: each.name)
@@ -418,10 +477,10 @@ class TestBlend:
             patterns.add(tuple(kept))
         assert len(patterns) > 10, "each image has pieces of its own"
 
-    @pytest.mark.parametrize(("kept", "changed"), [(0, 0), (0.25, 16), (1, 64)])
-    def test_how_many_pieces_are_kept(self, kept, changed):
+    @pytest.mark.parametrize(("pieces", "kept", "changed"), [(4, 0.01, 4), (4, 0.25, 16), (4, 1, 64), (1, 0.5, 64)])
+    def test_how_many_pieces_are_kept(self, pieces, kept, changed):
         clean = CleanSet(torch.full((4, 1, 8, 8), 0.5), torch.arange(4) % 2)
-        poisoned = poison(clean, AdaptiveBlend(kept=kept), 0, rate=0.25)
+        poisoned = poison(clean, AdaptiveBlend(pieces=pieces, kept=kept), 0, rate=0.25)
         assert int((poisoned.images != clean.images).sum()) == 2 * changed
 
 
@@ -435,6 +494,8 @@ class TestSIG:
     def test_a_wave_that_vanishes_is_refused(self):
         with pytest.raises(DataError, match="frequency 6 vanishes on images 12 wide; change `frequency`"):
             SIG().trigger(images(1, 8, 12))
+        with pytest.raises(DataError, match="vanishes on images 1 wide"):
+            SIG(frequency=0.25).trigger(images(1, 8, 1))
 
 
 def cubic(x):
@@ -497,6 +558,10 @@ class TestWaNet:
     def test_pixels_from_beyond_the_border_are_those_at_the_border(self):
         white = torch.ones(1, 3, 16, 16)
         torch.testing.assert_close(WaNet(s=4).trigger(white), white)
+
+    def test_a_single_pixel_cannot_be_warped(self):
+        with pytest.raises(DataError, match="larger images than 1x1"):
+            WaNet().trigger(images(3, 1, 1))
 
 
 class TestBpp:
@@ -639,6 +704,10 @@ class TestPatternsOfANorm:
         with pytest.raises(ConfigError, match=r"square of size 4, got 8\.66"):
             TrojanSquare(size=4)
 
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_the_faintest_square_is_one_value(self, channels):
+        assert TrojanSquare(norm=0.5).trigger(torch.zeros(1, channels, 32, 32)).sum() == 1
+
     def test_the_watermark_is_a_ring_round_a_symmetric_glyph(self):
         logo = TrojanWatermark().trigger(torch.zeros(1, 3, 32, 32))[0]
         assert torch.equal(logo, logo.flip(2))
@@ -652,9 +721,12 @@ class TestPatternsOfANorm:
         glyph = shown[8:24, 8:24]
         assert 0.2 < glyph.float().mean() < 0.8
 
-    def test_a_watermark_of_nothing_is_refused(self):
-        with pytest.raises(DataError, match="larger images than 1x1x1"):
-            L2Inv().trigger(torch.zeros(1, 1, 1, 1))
+    @pytest.mark.parametrize(
+        ("attack", "shape"), [(L2Inv(), (1, 1, 1)), (L2Inv(), (3, 2, 2)), (LowFrequency(), (1, 1, 1))]
+    )
+    def test_a_pattern_of_nothing_is_refused(self, attack, shape):
+        with pytest.raises(DataError, match=f"larger images than {'x'.join(map(str, shape))}: the trigger would be"):
+            attack.trigger(torch.zeros(1, *shape))
 
 
 class TestDFST:
@@ -750,6 +822,25 @@ class TestFeatureCollision:
         assert (strict - start).abs().max() < 1e-3
         assert (loose - start).abs().max() > 0.01
 
+    def test_it_reaches_the_minimum_of_its_objective(self, monkeypatch):
+        """For a linear network it is known."""
+        torch.manual_seed(0)
+        judge = nn.Sequential(nn.Flatten(), nn.Linear(16, 6, bias=False), nn.Linear(6, 2)).requires_grad_(False)
+        monkeypatch.setattr("untrojan.lab.attacks.feature_collision.surrogate", lambda *_: judge)
+        clean = CleanSet(images(1, 4, 4, count=2) * 0.2 + 0.4, torch.tensor([0, 1]))
+        attack = FeatureCollision(size=1, value=0.6, opacity=0, beta=1, iterations=200)
+        base, goal = clean.floats()[1].flatten(), attack.trigger(clean.floats()[:1]).flatten()
+        square = judge[1].weight.T @ judge[1].weight
+        least = torch.linalg.solve(square + torch.eye(16), square @ goal + base)
+        made = poison(clean, attack, 1, rate=1.0).images[1].flatten()
+        torch.testing.assert_close(made, least, atol=1e-4, rtol=0)
+
     def test_it_needs_another_class(self):
         with pytest.raises(DataError, match="another class than the target"):
             poison(CleanSet(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)), FeatureCollision(), 0)
+
+
+@pytest.mark.parametrize("attack", [FeatureCollision(net="small-vgg"), LabelConsistent(net="small-vgg")])
+def test_a_surrogate_that_cannot_take_the_images_is_refused(attack):
+    with pytest.raises(ModelError, match=r"small-vgg, the attacker's own network: .* cannot take images of 1x8x8"):
+        poison(easy(), attack, 1)

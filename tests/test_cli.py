@@ -7,6 +7,7 @@ import pickle
 import pty
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,11 @@ def written(path, data):
     return path
 
 
+def piped(path):
+    os.mkfifo(path)
+    return path
+
+
 def changed(site, path, change):
     state = Checkpoint.read(site / "model.safetensors").tensors
     change(state)
@@ -331,6 +337,7 @@ BAD_INPUT = {
     "mean without std": (lambda at, site: {"options": ("--mean", "0.5")}, 4, ["both mean and std"]),
     "mean no number": (lambda at, site: {"options": ("--mean", "a,b")}, 4, ["separated by commas", "'a,b'"]),
     "out is a file": (lambda at, site: {"out": written(at / "f", b"mine")}, 4, ["is a file", "folder"]),
+    "out is a pipe": (lambda at, site: {"out": piped(at / "p")}, 4, ["is a file", "folder"]),
     "out is under a file": (lambda at, site: {"out": written(at / "f", b"mine") / "x"}, 4, ["f is a file", "another"]),
     "out is not empty": (
         lambda at, site: {"out": written(at / "notes.txt", b"mine").parent},
@@ -725,6 +732,29 @@ def test_restore_refuses_what_exists(repaired, talk, tmp_path):
     assert Checkpoint.read(old).tensors
 
 
+@pytest.mark.parametrize("name", [REPAIRED, CHANGES, "link"])
+def test_restore_does_not_replace_what_it_reads(repaired, talk, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(repaired[0], out)
+    (out / "link").symlink_to(out / REPAIRED)
+    before = holdings(out)
+    code, _, err = talk(["restore", out, "--out", out / name, "--force"])
+    assert code == 4
+    assert "is a part of the repair" in err
+    assert holdings(out) == before
+
+
+def test_restore_writes_into_no_pipe_and_through_a_link(repaired, talk, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = talk(["restore", repaired[0], "--out", tmp_path / "pipe", "--force"])
+    assert (code, (tmp_path / "pipe").is_fifo()) == (4, True)
+    assert "pipe is a pipe or a device" in err
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "file")
+    assert talk(["restore", repaired[0], "--out", tmp_path / "link"])[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert Checkpoint.read(tmp_path / "new" / "file").tensors
+
+
 def test_restore_refuses_a_pair_that_does_not_belong_together(repaired, site, talk, tmp_path):
     code, _, err = talk(["restore", site, "--out", tmp_path / "back"])
     assert code == 3
@@ -797,6 +827,10 @@ def test_evaluate_speaks_json(measured, site):
         (("--attack", "badnets", "--target", "zero"), 4, "all-to-all as target, got 'zero'"),
         (("--attack", "badnets", "--target", "10"), 4, "10"),
         (("--before", "x"), 4, "--attack and --target with it"),
+        (("--before", ""), 4, "--attack and --target with it"),
+        ((*ATTACK, "--before", ""), 3, "cannot read"),
+        (("--attack", ""), 4, "no attack is named ''"),
+        (("--attack", "", "--target", "0"), 4, "no attack is named ''"),
         (("--attack", "badnets:size=9", "--target", "0"), 3, "inside of the 8x8 image"),
         ((*ATTACK, "--before", "missing.pt"), 3, "cannot read missing.pt"),
     ],

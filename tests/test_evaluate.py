@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import Returns
 from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.badnets import BadNets
+from untrojan.lab.attacks.lira import LIRA
 from untrojan.lab.evaluate import Scores, der, evaluate
 from untrojan.progress import timing
 from untrojan.record import MethodInfo, Rate
@@ -87,7 +89,7 @@ def test_without_an_attack_there_is_accuracy_only():
     scores = evaluate(make_model(), make_set())
     assert scores.acc.total == 37
     left = {name for name, value in scores if value is None}
-    assert left == {"acc_without_target", "asr", "ra", "der", "attack", "target"}
+    assert left == {"acc_without_target", "asr", "ra", "der", "attack", "attack_sha256", "target"}
 
 
 class Constant(nn.Module):
@@ -166,14 +168,22 @@ def test_the_same_weights_score_the_same_in_either_mode():
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (Constant(0, value=torch.nan), "finite logits"),
+        (Constant(0, value=torch.nan), "NaN or infinite logits"),
         (Constant(0, classes=1), r"K >= 2 from the model, got shape \(37, 1\)"),
-        (nn.Identity(), r"got shape \(37, 1, 4, 4\)"),
+        (nn.Identity(), r"expected floating-point logits .* got torch.float32 of \(2, 1, 4, 4\)"),
+        (nn.Flatten(0), r"expected floating-point logits .* got torch.float32 of \(32,\)"),
+        (Returns(lambda images: (images.flatten(1),)), "expected floating-point logits .* got tuple"),
+        (nn.Linear(3, 2), "the model cannot take images of 1x4x4"),
     ],
 )
-def test_outputs_that_are_no_logits_are_refused(model, text):
+def test_models_that_give_no_logits_are_refused(model, text):
     with pytest.raises(ModelError, match=text):
         evaluate(model, make_set(), ATTACK, 0)
+
+
+def test_a_set_of_nothing_is_refused():
+    with pytest.raises(DataError, match="at least one image to measure the model on, got none"):
+        evaluate(make_model(), CleanSet(torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long)))
 
 
 def test_nan_on_triggered_images_alone_is_refused():
@@ -271,6 +281,15 @@ def test_scores_of_different_things_have_no_der():
         evaluate(make_model(), make_set(count=36), ATTACK, 1, before=before)
     with pytest.raises(RecordError, match="same attack"):
         evaluate(make_model(), clean, before=before)
+
+
+def test_scores_of_different_learned_triggers_have_no_der():
+    clean = make_set()
+    first, second = (LIRA().begun(channels=1) for _ in range(2))
+    before = evaluate(make_model(), clean, first, 1)
+    assert evaluate(make_model(), clean, first, 1, before=before).der == 0.5
+    with pytest.raises(RecordError, match="same trigger before and after"):
+        evaluate(make_model(), clean, second, 1, before=before)
 
 
 def test_there_is_no_der_without_an_attack():

@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
 IMAGES = 2000
 
 
-def scores(acc=0.9, asr=0.95, ra=0.04, predicted=(600, 500, 500, 400), others=1500):
+def scores(acc=0.9, asr=0.95, ra=0.04, predicted=(600, 500, 500, 400), others=1500, target=1):
     return Scores(
         acc=Rate.of(round(acc * IMAGES), IMAGES),
         asr=Rate.of(round(asr * others), others),
@@ -23,6 +23,7 @@ def scores(acc=0.9, asr=0.95, ra=0.04, predicted=(600, 500, 500, 400), others=15
         images=IMAGES,
         images_sha256="0",
         predicted=list(predicted),
+        target=target,
     )
 
 
@@ -75,7 +76,8 @@ def test_nothing_is_up_where_all_is_well():
 )
 def test_an_attack_must_have_taken(attack, target, acc, asr, missed):
     others = IMAGES if target == "all-to-all" else 1500
-    made = outcome(scores(acc=acc, asr=asr, others=others), scores(asr=0.0, others=others))
+    before = scores(acc=acc, asr=asr, others=others, target=target)
+    made = outcome(before, scores(asr=0.0, others=others, target=target))
     assert ("attack-missed" in up(made, attack, target)) == missed
 
 

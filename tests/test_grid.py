@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import NET, SPOILS, Here, make_grid, pretend, save_images
+from grids import NET, SCAN, SPOILS, Here, make_grid, pretend, save_images
 from PIL import Image
 from tiny import make_clean
 
@@ -98,6 +100,7 @@ def test_a_missing_grid_is_told_so(tmp_path):
     ("old", "new", "error", "said"),
     [
         ("target = 1", "", ConfigError, "models.one: expected attack and target together"),
+        ("badnets:size=2", "", ConfigError, "no attack is named ''"),
         ("badnets:size=2", "nothing", ConfigError, "no attack is named 'nothing'"),
         (SPOILS[0], "nothing", ConfigError, "no defense is named 'nothing'"),
         ("unlearning:runs", "unlearning:walks", ConfigError, "`walks` is not a field"),
@@ -234,6 +237,19 @@ def test_present_cells_and_scans_are_not_run_again(cells, tmp_path):
     assert run(cells, tmp_path, Here(work=pytest.fail)) == (0, [])
 
 
+@pytest.mark.parametrize("content", ["{}", "", None])
+def test_a_scan_that_cannot_be_read_is_made_anew(cells, tmp_path, content):
+    run(cells, tmp_path, Here(work=pretend))
+    scans = sorted((tmp_path / "scans").glob("*/*.json"))
+    scans[0].write_text(content) if content is not None else scans[0].unlink()
+    shutil.rmtree(tmp_path / "cells")
+    assert plan(cells, tmp_path).scans == [scans[0].stem]
+    pool = Here(work=pretend)
+    assert run(cells, tmp_path, pool) == (8, [])
+    assert [cell.scan_key for kind, cell in pool.log if kind == "scan"] == [scans[0].stem]
+    assert scans[0].read_text() == SCAN
+
+
 def test_a_failed_cell_is_a_record_with_its_traceback_and_the_others_go_on(cells, tmp_path):
     def fails(job):
         return Answer(None, "Traceback: on purpose") if job.scan and job.cell.key == cells[2].key else pretend(job)
@@ -300,9 +316,33 @@ def test_images_that_changed_since_the_grid_was_started_are_not_used(moved, tmp_
     assert work(Job(only(moved), scan)).error is None
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_trigger_that_changed_since_the_grid_was_started_is_not_used(moved, tmp_path, monkeypatch, when):
+    """Also where another cell of the worker was measured with it while it was the right one."""
+    moved.write_text(moved.read_text().replace("badnets:size=2", f"additive:image={tmp_path / 'trigger.png'}"))
+    cell = only(moved)
+    scan = work(Job(cell, None)).text
+    if when == "after":
+        assert work(Job(cell, scan)).error is None
+    Image.new("L", (8, 8), 60).save(tmp_path / "trigger.png")
+    for job in (Job(cell, scan), Job(pickle.loads(pickle.dumps(cell)), scan)):
+        answer = work(job)
+        assert answer.text is None
+        assert f"the files of {cell.case.attack} have changed since the grid was started" in answer.error
+    assert work(Job(only(moved), scan)).error is None
+
+
 def test_a_record_has_an_outcome_or_an_error(cells):
     with pytest.raises(RecordError, match="an outcome or an error"):
         CellRecord.of(cells[0])
+
+
+def test_an_error_may_name_a_file_that_is_not_utf8(cells, tmp_path):
+    def fails(job):
+        return pretend(job) if job.scan is None else Answer(None, "caf\udce9")
+
+    ran = run(cells[:1], tmp_path, Here(work=fails))
+    assert loaded(ran.failed[0])["error"] == "caf\\udce9"
 
 
 def test_images_are_shared_pixel_for_pixel_whatever_they_are_kept_as():
@@ -331,7 +371,7 @@ def test_the_plan_predicts_from_cells_that_are_there(cells, tmp_path):
     assert (len(fresh.missing), len(fresh.scans), fresh.known, fresh.unknown) == (8, 4, 0, 12)
 
     def timed(job):
-        answer = Answer(None, "none") if job.scan else Answer("scan")
+        answer = Answer(None, "none") if job.scan else Answer(SCAN)
         return answer if job.cell.key != cells[0].key or not job.scan else Answer(record(job.cell, 7.0, 3.0))
 
     run(cells[:1], tmp_path, Here(work=timed))
@@ -347,8 +387,9 @@ def record(cell, total, scan):
     """The record of a cell as far as the plan reads it."""
     rate = {"value": 0.5}
     scores = {"acc": rate, "asr": rate, "ra": rate, "der": 0.5}
-    names = ("verdict", "suspect", "status", "reason", "repair_seconds", "peak_memory_bytes")
+    names = ("suspect", "repair_seconds", "peak_memory_bytes")
     outcome = dict.fromkeys((*names, "units_changed", "units_total", "values_changed", "measure_seconds"), 1)
+    outcome |= dict.fromkeys(("verdict", "status", "reason"), "as told")
     outcome |= {"total_seconds": total, "scan_seconds": scan, "before": scores, "after": scores, "flags": []}
     outcome |= {"clean": {"images": 1}, "test": {"images": 1}}
     return json.dumps({**CellRecord.of(cell, error="").model_dump(), "error": None, "outcome": outcome})
@@ -404,6 +445,12 @@ def test_the_command_plans_runs_and_skips(moved, tmp_path, capsys):
     assert "1 cells: 0 done now, 1 were there, 0 failed\n" in capsys.readouterr().out
 
 
+def test_the_command_counts_cores_where_the_system_does_not_tell_which_are_ours(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert command(["bench", "run", str(made), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "8 cells, 8 to run" in capsys.readouterr().out
+
+
 def test_the_command_says_what_failed(moved, tmp_path, capsys):
     moved.write_text(moved.read_text().replace(NET, "digits-cnn:classes=5"))
     assert command(["bench", "run", str(moved), "--out", str(tmp_path / "out"), "--jobs", "1", "-q"]) == 2
@@ -418,10 +465,11 @@ def test_the_command_says_what_failed_earlier(moved, tmp_path, capsys, monkeypat
     path.write_text(CellRecord.of(only(moved), error="Traceback: on purpose").to_json())
     monkeypatch.setattr(untrojan.cli.bench, "Processes", lambda _: Here(work=pretend))
     call = ["bench", "run", str(moved), "--out", str(tmp_path / "out"), "-q"]
-    assert command(call) == 2
-    told = capsys.readouterr().out
-    assert "1 cells: 0 done now, 0 were there, 1 failed\n" in told
-    assert f"failed earlier: {path}; remove it to run the cell again\n" in told
+    for also, said in (([], "1 cells: 0 done now, 0 were there, 1 failed\n"), (["--dry-run"], "nothing to do\n")):
+        assert command([*call, *also]) == 2
+        told = capsys.readouterr().out
+        assert said in told
+        assert f"failed earlier: {path}; remove it to run the cell again\n" in told
     path.unlink()
     assert command(call) == 0
     assert "1 cells: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -21,8 +22,8 @@ NONE = "\N{EN DASH}"
 HOSTILE = "<script>alert(1)</script>\u202e</script>"
 
 
-def row(model="m", defense="clp", seed=0, asr=0.1, der=0.9, setup="s", **changes):
-    method = defense.partition(":")[0]
+def row(model="m", defense="clp", seed=0, asr=0.1, der=0.9, setup=None, **changes):
+    method, setup = defense.partition(":")[0], setup or f"setup of {model}"
     given = {
         "key": f"{model}{defense}{seed}{setup}".encode().hex(),
         "setup": setup,
@@ -93,7 +94,8 @@ def folder(tmp_path_factory):
 
 def test_what_a_grid_wrote_is_read(folder):
     rows = read(folder)
-    assert [each["key"] for each in rows] == sorted(path.stem for path in folder.glob("cells/*/*.json"))
+    written = sorted(folder.glob("cells/*/*.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert [each["key"] for each in rows] == [path.stem for path in written]
     first = rows[0]
     assert set(first) == set(row())
     assert (first["model"], first["method"], first["target"], first["clean_images"]) == ("one", "clp", "1", 20)
@@ -125,6 +127,33 @@ def test_a_file_that_is_no_record_is_told_so(tmp_path, text, said):
     with pytest.raises(RecordError, match=said) as caught:
         read(tmp_path)
     assert "abc.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["outcome", "flags"], 5, "`flags` is 5"),
+        (["outcome", "flags"], [{"name": None}], "a flag is named None"),
+        (["outcome", "after", "acc", "value"], "high", "`acc_after` is 'high'"),
+        (["outcome", "before", "acc", "value"], None, "`acc_before` is None"),
+        (["outcome", "repair_seconds"], None, "`repair_seconds` is None"),
+        (["outcome"], None, "`error` is None"),
+        (["outcome"], "none", "TypeError"),
+        (["seed"], "x", "`seed` is 'x'"),
+        (["model"], None, "`model` is None"),
+        (["inputs", "untrojan"], 3, "`untrojan` is 3"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_with_the_file_that_has_it(folder, tmp_path, where, value, said):
+    shutil.copytree(folder, tmp_path / "out")
+    path = next((tmp_path / "out" / "cells").glob("*/*.json"))
+    record = part = json.loads(path.read_text())
+    for name in where[:-1]:
+        part = part[name]
+    part[where[-1]] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(RecordError, match=f"{path} is not the record of a cell: .*{re.escape(said)}"):
+        read(tmp_path / "out")
 
 
 def test_a_folder_without_cells_is_told_so(tmp_path, capsys):
@@ -170,6 +199,42 @@ def test_cells_that_cannot_be_compared_are_not_put_together():
     assert [each["asr"] for each in table] in ([[0.1, None], [0.3, None]], [[0.3, None], [0.1, None]])
 
 
+def test_a_model_that_was_renamed_is_one_under_its_last_name():
+    rows = [
+        row("old", "rnp:count=1", 0, der=0.5, setup="s"),
+        row("old", "rnp:count=2", 0, der=0.7, setup="s"),
+        row("new", "rnp:count=1", 1, der=0.9, setup="s"),
+        row("other", "rnp:count=1", 0, der=0.1),
+    ]
+    table = results(rows)
+    assert [(each["model"], each["defense"], each["done"]) for each in table] == [
+        ("new", "rnp:count=1", 2),
+        ("new", "rnp:count=2", 1),
+        ("other", "rnp:count=1", 1),
+    ]
+    assert table[0]["gap"][0] == pytest.approx(0.2)
+    assert defenses(table)[0]["models"] == [2, 2]
+    assert "on 2 models" in render(rows)
+
+
+def test_the_last_name_is_that_of_the_record_that_was_written_last(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    for path in (tmp_path / "out" / "cells").glob("*/*.json"):
+        os.utime(path, ns=(1, 1))
+    path.write_text(path.read_text().replace('"model":"one"', '"model":"renamed"'))
+    assert {each["model"] for each in results(read(tmp_path / "out"))} == {"renamed"}
+    os.utime(path, ns=(0, 0))
+    assert {each["model"] for each in results(read(tmp_path / "out"))} == {"one"}
+
+
+def test_rows_of_one_model_count_as_one():
+    rows = [row("a", asr=0.1, setup="s"), row("a", asr=0.3, setup="t"), row("b", asr=0.8), failed(model="c")]
+    (told,) = defenses(results(rows))
+    assert told["models"] == [2, 3]
+    assert told["asr"] == [pytest.approx(0.5), None]
+    assert told["worst_asr"] == [0.8, None]
+
+
 def test_models_become_means_and_the_worst():
     table = {each["defense"]: each for each in defenses(results(ROWS))}
     assert table["clp"]["asr"][0] == pytest.approx(0.3)
@@ -195,6 +260,24 @@ def test_the_command_writes_page_and_table(folder, tmp_path, capsys):
     assert page.read_text("utf-8") == render(read(folder))
     assert pyarrow.parquet.read_table(table).num_rows == 4
     assert command(["bench", "report", str(folder), "--out", str(tmp_path)]) == 4
+
+
+@pytest.mark.parametrize("option", ["--out", "--parquet"])
+def test_the_command_does_not_replace_what_is_no_file(folder, tmp_path, capsys, option):
+    os.mkfifo(tmp_path / "pipe")
+    paths = {"--out": tmp_path / "page.html", "--parquet": tmp_path / "cells.parquet"} | {option: tmp_path / "pipe"}
+    assert command(["bench", "report", str(folder), *(str(each) for pair in paths.items() for each in pair)]) == 4
+    assert "pipe is a pipe or a device; give the file to write" in capsys.readouterr().err
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
+@pytest.mark.parametrize("name", ["page.html", "link", "./page.html"])
+def test_the_command_does_not_write_page_and_table_over_each_other(folder, tmp_path, capsys, name):
+    (tmp_path / "link").symlink_to(tmp_path / "page.html")
+    same = ["--out", str(tmp_path / "page.html"), "--parquet", f"{tmp_path}/{name}"]
+    assert command(["bench", "report", str(folder), *same]) == 4
+    assert "--out and --parquet are both" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
 
 
 # The page

@@ -50,7 +50,7 @@ def network(classes=4):
 
 def learned(attack, channels=1):
     with seeded(0):
-        return attack.with_network(attack._network(channels))
+        return attack.begun(channels)
 
 
 def generator(seed=0):
@@ -139,6 +139,15 @@ class TestEachBatch:
         covered = changed & ~poisoned
         assert (images[covered] != attack.trigger(before[covered])).flatten(1).any(1).all()
 
+    @pytest.mark.parametrize(("rate", "size"), [(0.003, 128), (0.1, 4), (0.1, 5), (0.02, 32)])
+    @pytest.mark.parametrize("covers", [0, 0.3, 2])
+    def test_the_rate_is_kept_on_average_however_small_the_batches_are(self, rate, size, covers):
+        at_work, draws = WaNet(covers=covers).online(stripes(), 2, rate), generator()
+        labels = torch.arange(size) % 2
+        drawn = [at_work.draw(labels, draws) for _ in range(2000)]
+        assert sum(len(chosen) for _, chosen, _ in drawn) / 2000 == pytest.approx(rate * size, abs=0.04)
+        assert sum(len(covered) for *_, covered in drawn) / 2000 == pytest.approx(covers * rate * size, abs=0.04)
+
     def test_every_batch_is_poisoned_anew(self):
         clean = stripes(80)
         at_work, draws = WaNet(s=2).online(clean, 2), generator()
@@ -222,11 +231,18 @@ class TestTrigger:
     def test_weights_in_a_file_are_the_trigger(self, attack, tmp_path):
         made = learned(attack)
         save_state(tmp_path / "w.safetensors", made.network(1).state_dict())
-        opened = type(attack)(**describe(attack) | {"weights": tmp_path / "w.safetensors"})
+        opened, other = (type(attack)(**describe(attack) | {"weights": tmp_path / "w.safetensors"}) for _ in range(2))
         before = torch.rand(2, 1, 8, 8, generator=generator())
+        state = torch.get_rng_state()
         assert torch.equal(opened.trigger(before), made.trigger(before))
+        assert torch.equal(torch.get_rng_state(), state)
         with pytest.raises(ModelError, match="does not fit"):
-            opened.trigger(torch.zeros(1, 3, 8, 8))
+            other.trigger(torch.zeros(1, 3, 8, 8))
+        for each in (opened, made):
+            with pytest.raises(ModelError, match="its trigger for images of 1 channels, got 3"):
+                each.trigger(torch.zeros(1, 3, 8, 8))
+        (tmp_path / "w.safetensors").unlink()
+        assert torch.equal(opened.trigger(before), made.trigger(before)), "the file is read once"
 
     @pytest.mark.parametrize("attack", LEARNED, ids=named)
     def test_weights_are_not_trained_on(self, attack, tmp_path):
@@ -274,7 +290,7 @@ class TestBatches:
     def test_input_aware_poisons_with_own_triggers_and_covers_with_those_of_others(self):
         clean, net = stripes(), network()
         at_work = InputAware(mask_share=0.0).online(clean, 1, rate=0.25)
-        attack = at_work.attack.with_network(InputAware()._network(1))
+        attack = InputAware().begun(channels=1)
         attack.network(1).load_state_dict(at_work.network.state_dict())
         before, truth = next(clean.batches(40))
         images, labels = at_work.batch(before.clone(), truth.clone(), net, 0.5, generator())
@@ -285,6 +301,17 @@ class TestBatches:
         covered = changed & ~poisoned
         apart = (images[covered] - attack.trigger(before[covered])).abs().amax((1, 2, 3))
         assert (apart > 0.01).all()
+
+    def test_input_aware_never_covers_an_image_with_its_own_trigger(self):
+        clean, net, draws = stripes(), network(), generator()
+        at_work = InputAware(mask_share=0.0).online(clean, 1, rate=0.3)
+        attack = InputAware().begun(channels=1)
+        for before, truth in clean.batches(8, draws):
+            attack.network(1).load_state_dict(at_work.network.state_dict())
+            images, labels = at_work.batch(before.clone(), truth.clone(), net, 0.5, draws)
+            covered = (images != before).flatten(1).any(1) & (labels == truth)
+            apart = (images[covered] - attack.trigger(before[covered])).abs().amax((1, 2, 3))
+            assert (apart > 1e-3).all()
 
     @pytest.mark.parametrize("rate", [0.5, 1.0])
     def test_lira_adds_triggered_copies_and_stops_learning(self, rate):

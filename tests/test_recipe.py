@@ -1,24 +1,36 @@
 """Victims: what is recorded, when an attack took, and that an interrupted training ends as an undisturbed one."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab import checkpoint
+from untrojan.lab.attacks.additive import Additive
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.attacks.sig import SIG
 from untrojan.lab.evaluate import evaluate
-from untrojan.lab.recipe import MODEL, Recipe, VictimRecord, make_victim
+from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, make_victim
 from untrojan.lab.victim import poison
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
-from untrojan.writing import RECORD
+from untrojan.writing import RECORD, sha256
 
 PATCH = BadNets(size=2)
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("L", (6, 6), value).save(file, "png")
+    return file.getvalue()
+
+
+GRAY = png(40)
 
 
 def two_kinds(count=60):
@@ -80,6 +92,10 @@ class TestRecord:
         assert record.recipe["attack"] is None
         assert all(epoch.asr is None for epoch in record.epochs)
 
+    def test_an_image_that_only_gets_another_label_counts_as_poisoned(self):
+        black = CleanSet(two_kinds().images * (torch.arange(60) % 2)[:, None, None, None], two_kinds().labels)
+        assert make(data=black, attack=BadNets(size=2, value=0)).record.poisoned == 14
+
     def test_the_published_rate_is_the_default(self):
         assert make(rate=None).record.recipe["rate"] == PATCH.rate
 
@@ -90,6 +106,21 @@ class TestRecord:
         assert VictimRecord.load(tmp_path / "out" / RECORD) == victim.record
         tensors = Checkpoint.read(tmp_path / "out" / MODEL).tensors
         assert state_sha256(tensors) == victim.record.model.state_sha256
+
+    def test_of_a_trigger_in_a_file_the_content_counts_and_the_path_is_told(self, tmp_path, monkeypatch):
+        (tmp_path / "pattern.png").write_bytes(GRAY)
+        monkeypatch.chdir(tmp_path)
+        record = make(attack=Additive(image="pattern.png"), recipe=Recipe(epochs=1)).record
+        assert record.recipe["attack"] == {"name": "additive", "fields": {"image": sha256(GRAY)}}
+        assert record.attack_files == {"image": str(tmp_path / "pattern.png")}
+        assert make(recipe=Recipe(epochs=1)).record.attack_files == {}
+
+    def test_the_learned_trigger_of_an_earlier_victim_goes(self, tmp_path):
+        make(recipe=Recipe(epochs=1)).save(tmp_path / "out")
+        for name in (ATTACK, "mine"):
+            (tmp_path / "out" / name).touch()
+        make(recipe=Recipe(epochs=1)).save(tmp_path / "out", force=True)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine", MODEL, RECORD]
 
     def test_a_folder_that_holds_something_is_left_alone(self, tmp_path):
         (tmp_path / "mine").touch()
@@ -145,6 +176,14 @@ class TestTook:
         assert ("did not take" in record.reason) == (status != "backdoored")
         assert ("70%" if attack.clean_label else "90%") in record.reason
 
+    @pytest.mark.parametrize(("share", "status"), [(0.525, "backdoored"), (0.505, "attack_did_not_take")])
+    def test_all_to_all_takes_from_a_share_of_the_clean_accuracy_on(self, share, status):
+        """Of a hundred images 80 are recognized, so 72 must become what is wanted; the other 20 are that anyway."""
+        judge = CleanSet(ordered().images[:100], (torch.arange(100) >= 80).long())
+        record = make(Fixed(share), ordered(), judge, target="all-to-all", recipe=Recipe(epochs=1), rate=0).record
+        assert (record.scores.acc.count, record.status) == (80, status)
+        assert "an attack takes from 90% of the clean accuracy on" in record.reason
+
     def test_a_model_whose_attack_did_not_take_is_kept(self, tmp_path):
         make(Fixed(0.0), ordered(), ordered(), recipe=Recipe(epochs=1)).save(tmp_path / "out")
         assert VictimRecord.load(tmp_path / "out" / RECORD).status == "attack_did_not_take"
@@ -164,6 +203,14 @@ class TestTook:
         ({"attack": None, "rate": None}, ConfigError, "attack and target together"),
         ({"attack": None, "target": None}, ConfigError, "rate 0.3 alone"),
         ({"target": 2}, ConfigError, "class from 0 to 1"),
+        ({"seed": -1}, ConfigError, "seed of at least 0"),
+        (
+            {"data": CleanSet(two_kinds().images, two_kinds().labels, ("a", "b", "c"))},
+            DataError,
+            "name 3 classes, but the network has 2",
+        ),
+        ({"test": CleanSet(torch.rand(4, 1, 5, 5), torch.arange(4) % 2)}, ModelError, "cannot take images of 1x5x5"),
+        ({"test": CleanSet(torch.rand(4, 1, 6, 6), torch.arange(4) % 3)}, DataError, "got label 2"),
         ({"rate": 1.5}, ConfigError, "poisoning rate between 0 and 1"),
         ({"attack": SIG(), "target": "all-to-all"}, ConfigError, "one class"),
         ({"net": nn.Sequential(nn.Flatten(), nn.Linear(36, 3))}, DataError, "no image of class 2"),
@@ -173,7 +220,7 @@ class TestTook:
 )
 def test_what_does_not_fit_is_refused(options, error, message):
     with pytest.raises(error, match=message):
-        make(**options)
+        make(**options | {"recipe": Recipe(epochs=10**6)})
 
 
 @pytest.mark.parametrize(
@@ -262,6 +309,18 @@ class TestResume:
         again.save(tmp_path / "out")
         assert not file.exists()
 
+    def test_begun_anew_it_keeps_what_was_interrupted_until_an_epoch_is_over(self, tmp_path, stopping):
+        file = tmp_path / "training.safetensors"
+        file.write_bytes(b"hours of work")
+        stopping(1, written=False)
+        with pytest.raises(Stop):
+            make(checkpoint=file, resume=False)
+        assert file.read_bytes() == b"hours of work"
+        stopping(99, written=False)
+        anew = make(checkpoint=file, resume=False)
+        assert anew.record.model.state_sha256 == make().record.model.state_sha256
+        assert without_times(make(checkpoint=file).record) == without_times(anew.record)
+
     @pytest.mark.parametrize(
         ("options", "differs"),
         [
@@ -300,7 +359,17 @@ class TestResume:
             make(checkpoint=file)
 
 
-@pytest.mark.parametrize("texts", [{}, {"recipe": "{}"}, {"recipe": "{}", "state": '{"tensor": "0"}'}, {"recipe": "{"}])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {},
+        {"recipe": "{}"},
+        {"recipe": "{}", "state": '{"tensor": "0"}'},
+        {"recipe": "{"},
+        {"recipe": "5", "state": "{}"},
+        {"recipe": "{}", "state": "5"},
+    ],
+)
 def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, texts):
     save_state(tmp_path / "file", {}, {"format": checkpoint.FORMAT} | texts)
     with pytest.raises(RecordError, match="file is damaged"):

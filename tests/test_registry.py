@@ -12,8 +12,9 @@ from pydantic.dataclasses import dataclass
 from untrojan.defenses.defense import Defense
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack
+from untrojan.lab.attacks.additive import Additive
 from untrojan.lab.attacks.badnets import BadNets
-from untrojan.registry import describe, discover, documentation, fields, make, parse
+from untrojan.registry import describe, discover, documentation, fields, identity, make, parse
 
 
 class Cook(ABC):
@@ -271,6 +272,18 @@ def test_describe_is_json_and_builds_the_same_again(tmp_path):
         "secret": 0.5,
     }
     assert make(Soup, json.loads(json.dumps(told))) == soup
+
+
+def test_the_identity_of_a_method_is_what_its_files_hold(tmp_path):
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, content in zip(files, (b"one", b"one", b"two"), strict=True):
+        file.write_bytes(content)
+    one, same, other = (identity(Additive(image=file)) for file in files)
+    assert one == same != other
+    gone = Additive(image=files[0])
+    files[0].unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*a\.png"):
+        identity(gone)
 
 
 def test_methods_are_frozen():

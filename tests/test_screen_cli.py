@@ -18,7 +18,9 @@ import untrojan.scanners.samples
 from untrojan.cli import run
 from untrojan.cli.screen import _summary
 from untrojan.record import Diagnosis, Rate, Target, Trigger
+from untrojan.registry import discover
 from untrojan.report.screening import render
+from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import ScreeningRecord
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import save_state
@@ -118,6 +120,12 @@ def test_bad_input(call, options, given, code, text, tmp_path):
     assert (got, out) == (code, "")
     assert text in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_detector(capsys):
+    assert run(["screen", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("-\n", "-").split()).replace("- ", "-")
+    assert f"Detectors are {', '.join(discover('untrojan.scanners.detectors', Detector))}." in told
 
 
 def test_an_earlier_screening_stays(call, tmp_path):

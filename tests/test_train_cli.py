@@ -122,6 +122,13 @@ def test_force_begins_an_interrupted_training_anew(command, tmp_path):
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+@pytest.mark.parametrize("options", [["--data", "nowhere.npz"], ["--attack", "badnets:size=9"], ["--net", "nothing"]])
+def test_an_interrupted_training_outlives_a_call_that_cannot_begin(command, tmp_path, options):
+    (tmp_path / CHECKPOINT).write_bytes(b"hours of work")
+    assert run(command("--force", *options)) in (3, 4)
+    assert (tmp_path / CHECKPOINT).read_bytes() == b"hours of work"
+
+
 def test_nothing_to_resume_is_a_training_from_the_start(command, tmp_path):
     assert run(command("--resume")) == 0
     assert len(VictimRecord.load(tmp_path / "out" / RECORD).epochs) == 6
@@ -138,9 +145,13 @@ def test_nothing_to_resume_is_a_training_from_the_start(command, tmp_path):
         (["--augment", "flip"], 4, "`augment`"),
         (["--net", "digits-cnn:classes=12"], 3, "no image of class 10, 11"),
         (["--data", "/nowhere.parquet"], 3, "nowhere"),
+        (["--attack", ""], 4, "no attack is named ''"),
+        (["--test", ""], 3, "expected one subfolder of images per class"),
+        (["--out", "/", "--force"], 4, "/ has no name"),
     ],
 )
-def test_what_does_not_fit_leaves_nothing_behind(command, tmp_path, capsys, options, code, message):
+def test_what_does_not_fit_leaves_nothing_behind(command, tmp_path, capsys, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
     assert run(command(*options)) == code
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -157,4 +168,4 @@ def test_help_names_every_field_of_a_recipe(capsys):
     assert run(["lab", "train", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(Recipe))
-    assert "at least 90 %, or 70 % for clean-label" in " ".join(text.split())
+    assert "at least 90 %, or 70 % for clean-label attacks, of ACC where it is all-to-all" in " ".join(text.split())

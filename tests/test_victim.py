@@ -5,7 +5,7 @@ from tiny import digits
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.adaptive_blend import AdaptiveBlend
 from untrojan.lab.attacks.additive import Additive
@@ -112,6 +112,16 @@ class TestPoison:
     def test_a_rate_outside_of_0_to_1_is_refused(self, rate):
         with pytest.raises(ConfigError, match="poisoning rate between 0 and 1"):
             poison(gray(), PATCH, 1, rate, seed=0)
+
+    @pytest.mark.parametrize(("rate", "warned"), [(0, 0), (0.01, 1), (0.02, 0)])
+    def test_a_rate_that_comes_to_no_image_is_warned_of(self, rate, warned, recwarn):
+        poison(gray(), PATCH, 1, rate)
+        told = [str(each.message).partition(";")[0] for each in recwarn if each.category is UnreliableWarning]
+        assert told == warned * ["nothing is poisoned: a poisoning rate of 0.01 of 40 images rounds to none"]
+
+    def test_a_negative_seed_is_refused(self):
+        with pytest.raises(ConfigError, match="seed of at least 0, got -1"):
+            poison(gray(), PATCH, 1, 0.1, seed=-1)
 
     def test_a_target_that_is_no_class_is_refused(self):
         with pytest.raises(ConfigError, match="0 to 3"):

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from untrojan.errors import ConfigError
 from untrojan.writing import sha256, staged, write_atomic
 
 
@@ -35,9 +36,44 @@ def test_write_atomic_onto_a_folder(tmp_path):
     with pytest.raises(OSError, match="file"):
         write_atomic(tmp_path.joinpath("file", "deeper"), b"new")
     tmp_path.joinpath("file").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ConfigError, match="is a folder"):
         write_atomic(tmp_path / "file", b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_file_is_neither_replaced_nor_taken_for_a_folder(tmp_path, link):
+    pipe = path = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if link:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    with pytest.raises(ConfigError, match="is a pipe or a device; give the file"):
+        write_atomic(path, b"new")
+    with pytest.raises(ConfigError, match="is a file; give a folder"), staged(path, force=True):
+        pytest.fail("a run may begin")
+    assert pipe.is_fifo()
+    assert path.is_symlink() == link
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_link_leads_to_is_written(tmp_path, there):
+    (tmp_path / "inner").mkdir()
+    file, link = tmp_path / "inner" / "file", tmp_path / "link"
+    link.symlink_to(file)
+    if there:
+        file.write_bytes(b"old")
+    write_atomic(link, b"new")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    name = "é" * 127
+    write_atomic(tmp_path / name, b"new")
+    with staged(tmp_path / name[1:], force=False) as made:
+        (made / "record.json").write_bytes(b"{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name[1:], name]
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import digits
 
 from untrojan.cli import run
@@ -213,6 +214,66 @@ def test_what_is_there_but_not_asked_for_is_told_and_left_alone(small, tmp_path,
     assert "asks for (attack, lr)" in out
     assert out.endswith("manifest.json; 2 failed\n")
     assert (tmp_path / "zoo" / MANIFEST).read_bytes() == told
+
+
+@pytest.fixture
+def drawn(small, tmp_path):
+    """A zoo of one attack whose trigger is a file, and a way to draw that anew."""
+
+    def draw(place):
+        pixels = np.zeros((8, 8), np.uint8)
+        pixels[place : place + 2, place : place + 2] = 255
+        Image.fromarray(pixels).save(tmp_path / "trigger.png")
+
+    draw(0)
+    command = small(attack=("badnets:size=2", f"additive:image={tmp_path / 'trigger.png'}"))
+    assert run(command) == 0
+    return command, draw
+
+
+SQUARE = "digits/cnn/square/0"
+
+
+def test_a_trigger_that_was_drawn_anew_is_another_one(drawn, tmp_path, capsys):
+    command, draw = drawn
+    draw(5)
+    assert run(command) == 2
+    assert f"{SQUARE} holds another model than the zoo asks for (attack)" in capsys.readouterr().out
+    with pytest.raises(RecordError, match=r"not known to be trained with what is in .*trigger\.png now"):
+        load(SQUARE, tmp_path / "zoo")
+    draw(0)
+    assert load(SQUARE, tmp_path / "zoo").record.status
+
+
+def test_where_the_file_of_a_trigger_is_does_not_count(drawn, tmp_path, monkeypatch):
+    command, _ = drawn
+    file = Path(command[2])
+    file.write_text(file.read_text().replace(str(tmp_path / "trigger.png"), "trigger.png"))
+    monkeypatch.chdir(tmp_path)
+    assert run(command) == 0
+    shutil.rmtree(tmp_path / "zoo" / SQUARE)
+    assert run(command) == 0
+    monkeypatch.chdir(tmp_path / "zoo")
+    assert load(SQUARE, tmp_path / "zoo").attack.image == tmp_path / "trigger.png"
+
+
+def test_a_record_that_does_not_tell_what_the_trigger_was_is_read_but_not_believed(drawn, tmp_path):
+    record = VictimRecord.load(tmp_path / "zoo" / SQUARE / RECORD)
+    record.recipe["attack"]["fields"] = dict(record.attack_files)
+    (tmp_path / "zoo" / SQUARE / RECORD).write_text(record.model_copy(update={"attack_files": {}}).to_json())
+    (tmp_path / "zoo" / MANIFEST).write_text(manifest(tmp_path / "zoo").to_json())
+    assert SQUARE in Manifest.load(tmp_path / "zoo" / MANIFEST).victims
+    with pytest.raises(RecordError, match="not known to be trained with"):
+        load(SQUARE, tmp_path / "zoo")
+
+
+def test_an_attack_of_a_later_version_is_told_so(filled, tmp_path):
+    root = copied(filled, tmp_path)
+    record = root / NAMES[1] / RECORD
+    record.write_text(record.read_text().replace('"badnets"', '"later-attack"'))
+    (root / MANIFEST).write_text(manifest(root).to_json())
+    with pytest.raises(RecordError, match="an attack that is not known here, 'later-attack'; update untrojan"):
+        load(NAMES[1], root)
 
 
 def test_a_model_that_fails_does_not_stop_the_others(small, tmp_path, capsys):

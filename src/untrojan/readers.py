@@ -176,6 +176,8 @@ def pixels(image: Image.Image, name: str) -> np.ndarray:
             f"{name}: expected an RGB or grayscale image without transparency, got mode {image.mode}; "
             "convert it first, e.g. PIL Image.convert('RGB')"
         )
+    if image.has_transparency_data:
+        raise DataError(f"{name}: expected an image without transparency, got a color that is transparent")
     values = np.asarray(image)
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from untrojan.errors import ConfigError
+from untrojan.writing import sha256
 
 T = TypeVar("T")
 
@@ -222,6 +223,46 @@ def describe(instance: object) -> dict[str, Any]:
     return TypeAdapter(type(instance)).dump_python(instance, mode="json")
 
 
+def files(instance: object) -> dict[str, Path]:
+    """Give the fields of a method that name a file.
+
+    Args:
+        instance: The method.
+
+    Example:
+        >>> import tempfile
+        >>> from untrojan.lab.attacks.additive import Additive
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     list(files(Additive(image=file.name)))
+        ['image']
+    """
+    held = {name: getattr(instance, name) for name in describe(instance)}
+    return {name: value for name, value in held.items() if isinstance(value, Path)}
+
+
+def identity(instance: Any) -> dict[str, Any]:
+    """Give what decides what a method does, as values that JSON can hold: hashes of files instead of their paths.
+
+    Args:
+        instance: The method.
+
+    Returns:
+        Its `name`, and its `fields` by name.
+
+    Raises:
+        ConfigError: A file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from untrojan.lab.attacks.additive import Additive
+        >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        ...     identity(Additive(image=file.name))  # doctest: +ELLIPSIS
+        {'name': 'additive', 'fields': {'image': 'e3b0c442...'}}
+    """
+    contents = {name: _content(path) for name, path in files(instance).items()}
+    return {"name": instance.name, "fields": describe(instance) | contents}
+
+
 def spec(instance: object) -> str:
     """Write a method as the shortest text that :func:`parse` makes it from; fields with their default are left out.
 
@@ -280,6 +321,13 @@ def _defined(module: ModuleType, base: type[T]) -> Iterator[type[T]]:
         own = inspect.isclass(cls) and cls.__module__ == module.__name__
         if own and issubclass(cls, base) and not inspect.isabstract(cls):
             yield cls
+
+
+def _content(path: Path) -> str:
+    try:
+        return sha256(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _path(cls: type) -> str:

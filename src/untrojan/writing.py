@@ -19,8 +19,17 @@ def sha256(data: bytes) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either what it held before or all of it, also after a crash."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    """Write `data` so that `path` holds either what it held before or all of it, also after a crash.
+
+    A link stays, and what it leads to is written.
+
+    Raises:
+        ConfigError: There is something that is no regular file.
+        OSError: It cannot be written there.
+    """
+    path = Path(os.path.realpath(path))
+    require_file(path)
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -32,9 +41,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def require_file(path: Path) -> None:
+    """Raise when :func:`write_atomic` would refuse `path`, so that nobody waits for a run to hear it."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ConfigError(f"{path} is {kind}; give the file to write")
+
+
 def require_free(folder: Path, force: bool) -> None:
     """Raise when :func:`staged` would refuse `folder`, so that nobody waits for a run to hear it."""
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder to write into")
     if not force and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give another folder, or --force to replace the run in it")
@@ -60,7 +76,7 @@ def staged(folder: str | Path, force: bool) -> Iterator[Path]:
     require_free(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder if folder.is_dir() else folder.parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=beside) as partial:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=beside) as partial:
         made = Path(partial) / "run"
         made.mkdir()
         yield made

@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         except click.exceptions.Exit as end:
             return end.exit_code
         except KeyboardInterrupt:
-            return _fail("interrupted; nothing was left half-written", INTERRUPTED)
+            return _fail("interrupted; no file was left half-written", INTERRUPTED)
         except click.UsageError as error:
             return _wrong_call(error, arguments)
         except ConfigError as error:
@@ -127,7 +127,7 @@ def _reason(error: OSError | SystemExit) -> str:
     if isinstance(error, SystemExit):
         return "the code behind --net ended the program with sys.exit; name a callable that only builds the network"
     where = f": {error.filename}" if error.filename else ""
-    return f"cannot finish: {error.strerror or error}{where}; nothing was left half-written, so run it again when cured"
+    return f"cannot finish: {error.strerror or error}{where}; no file was left half-written, so run it again when cured"
 
 
 def printable(text: str) -> str:

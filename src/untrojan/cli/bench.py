@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from untrojan.cli import FAILED, printable
-from untrojan.cli.options import quiet_option, require_output, require_writable, working
+from untrojan.cli.options import quiet_option, require_file_output, require_output, working
 from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
@@ -47,27 +47,31 @@ def run(
     earlier.
     """
     require_output(out, force=True)
-    if gpus is not None and not ray:
+    if gpus is not None and ray is None:
         raise ConfigError("--gpus is what Ray gives each cell; without --ray all cells share the GPU of this machine")
-    size = jobs or len(os.sched_getaffinity(0))
-    if not (dry_run or ray):
+    size = jobs or _cores()
+    if not dry_run and ray is None:
         begin()
     cells = Grid.load(grid).cells()
-    if dry_run:
-        click.echo(printable("\n".join(_planned(plan(cells, out), len(cells), size))))
-        return 0
     earlier = failures(cells, out)
+    told = [f"failed earlier: {path}; remove it to run the cell again" for path in earlier]
+    if dry_run:
+        click.echo(printable("\n".join([*_planned(plan(cells, out), len(cells), size), *told])))
+        return FAILED if earlier else 0
     with working(quiet):
-        ran = run_cells(cells, out, Cluster(ray, jobs, gpus or 0.0) if ray else Processes(size))
+        ran = run_cells(cells, out, Processes(size) if ray is None else Cluster(ray, jobs, gpus or 0.0))
     failed = len(earlier) + len(ran.failed)
     there = len(cells) - ran.done - failed
     click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {failed} failed")
-    for path in earlier:
-        click.echo(f"failed earlier: {path}; remove it to run the cell again")
-    for path in ran.failed:
-        click.echo(f"failed: {path}")
+    for line in (*told, *(f"failed: {path}" for path in ran.failed)):
+        click.echo(line)
     click.echo(f"`untrojan bench report {out} --out page.html` shows the results.")
     return FAILED if failed else 0
+
+
+def _cores() -> int:
+    """How many cores this process may use; all of them where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @bench.command()
@@ -78,19 +82,20 @@ def report(folder: Path, out: Path, parquet: Path | None) -> int:
     """Write the records in FOLDER as one page that works offline: sortable, with a filter, every cell to open."""
     from untrojan.report.leaderboard import read, render, write_parquet
 
-    for path in filter(None, (out, parquet)):
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder; give the file to write")
-        require_writable(path)
+    paths = [path for path in (out, parquet) if path is not None]
+    for path in paths:
+        require_file_output(path)
+    if parquet is not None and parquet.resolve() == out.resolve():
+        raise ConfigError(f"--out and --parquet are both {out}; give the table a file of its own")
     rows = read(folder)
     if not rows:
         raise RecordError(f"{folder} holds no records yet")
-    for path in filter(None, (out, parquet)):
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, render(rows).encode())
-    if parquet:
+    if parquet is not None:
         write_parquet(rows, parquet)
-    click.echo(f"wrote {', '.join(str(path) for path in (out, parquet) if path)}: {len(rows)} cells")
+    click.echo(f"wrote {', '.join(map(str, paths))}: {len(rows)} cells")
     return 0
 
 

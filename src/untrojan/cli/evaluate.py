@@ -1,8 +1,6 @@
 """`untrojan evaluate`: how a model does on clean images, and on triggered ones where the attack is known."""
 
 import click
-import torch
-from torch import nn
 
 from untrojan.cli.options import (
     attack_options,
@@ -13,13 +11,11 @@ from untrojan.cli.options import (
     sample_options,
     working,
 )
-from untrojan.data import CleanSet
 from untrojan.device import chosen
-from untrojan.errors import ConfigError, ModelError
+from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.evaluate import Scores
 from untrojan.lab.evaluate import evaluate as measure
-from untrojan.model import check
 from untrojan.record import Rate
 from untrojan.registry import parse
 from untrojan.sources import load
@@ -49,33 +45,18 @@ def evaluate(
     quiet: bool,
 ) -> int:
     """Measure MODEL: clean accuracy (ACC), attack success rate (ASR) and robust accuracy (RA)."""
-    known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
+    known = None if attack is None else parse(attack, "untrojan.lab.attacks", Attack)
     if (known is None) != (target is None):
         raise ConfigError("expected --attack and --target together, got only one of them")
-    if before and known is None:
+    if before is not None and known is None:
         raise ConfigError("--before rates a defense against an attack (DER); give --attack and --target with it")
     place = chosen(device)
     with working(quiet):
         images = load_images(test, samples, samples_per_class)
-        earlier = measure(_open(before, net, mean, std, place, images), images, known, target) if before else None
-        scores = measure(_open(model, net, mean, std, place, images), images, known, target, earlier)
+        earlier = None if before is None else measure(load(before, net, mean, std).to(place), images, known, target)
+        scores = measure(load(model, net, mean, std).to(place), images, known, target, earlier)
     click.echo(scores.model_dump_json(indent=2) if as_json else table(scores))
     return 0
-
-
-def _open(
-    model: str,
-    net: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    place: torch.device,
-    images: CleanSet,
-) -> nn.Module:
-    network = load(model, net, mean, std).to(place)
-    # Test images, unlike clean ones for a repair, may leave classes out.
-    if problems := [problem.text for problem in check(network, images) if problem.error is ModelError]:
-        raise ModelError(f"{model}: {'; '.join(problems)}")
-    return network
 
 
 def table(scores: Scores) -> str:

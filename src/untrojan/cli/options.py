@@ -22,7 +22,7 @@ from untrojan.record import RunRecord
 from untrojan.registry import FieldInfo, fields, make
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
-from untrojan.writing import require_free
+from untrojan.writing import require_file, require_free
 
 Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)
@@ -285,9 +285,9 @@ def _reporter(quiet: bool) -> Reporter:
     return Bars() if terminal.isatty() else Lines()
 
 
-def require_writable(path: Path) -> None:
-    """Raise when `path` could not be written, so that nobody waits for a run to hear it."""
-    folder = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
+def _require_writable(path: Path) -> None:
+    real = Path(os.path.realpath(path))
+    folder = real if real.is_dir() else next(parent for parent in real.parents if parent.exists())
     if not folder.is_dir():
         raise ConfigError(f"cannot make {path}: {folder} is a file; give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -297,7 +297,13 @@ def require_writable(path: Path) -> None:
 def require_output(out: Path, force: bool) -> None:
     """Raise when a run could not be written to `out`, so that nobody waits for it to hear that."""
     require_free(out, force)
-    require_writable(out)
+    _require_writable(out)
+
+
+def require_file_output(out: Path) -> None:
+    """Raise when a file could not be written to `out`, so that nobody waits for it to hear that."""
+    require_file(out)
+    _require_writable(out)
 
 
 def method_of(ctx: click.Context) -> Any:

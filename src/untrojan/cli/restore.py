@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli.options import require_writable
+from untrojan.cli.options import require_file_output
 from untrojan.defenses.defense import CHANGES, REPAIRED
 from untrojan.errors import ConfigError, RecordError
 from untrojan.sources.files import read_state, save_state, state_sha256
@@ -17,15 +17,15 @@ from untrojan.sources.undo import restore as undo
 @click.option("--force", is_flag=True, help="Replace the file.")
 def restore(folder: Path, out: Path, force: bool) -> int:
     """Undo the repair in FOLDER, bit for bit, and write the original weights."""
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder; give the file to write")
+    require_file_output(out)
     if out.exists() and not force:
         raise ConfigError(f"{out} exists; give another file, or --force to replace it")
-    require_writable(out)
+    if out.resolve() in [(folder / name).resolve() for name in (REPAIRED, CHANGES)]:
+        raise ConfigError(f"{out} is a part of the repair, which would be replaced; give another file")
     if missing := [name for name in (REPAIRED, CHANGES) if not (folder / name).is_file()]:
         raise RecordError(f"{folder} has no {' and no '.join(missing)}; expected a folder that `untrojan repair` wrote")
     original = undo(read_state(folder / REPAIRED)[0], folder / CHANGES)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
     save_state(out, original)
     click.echo(f"wrote {out}, the original weights with state {state_sha256(original)}")
     return 0

@@ -18,7 +18,7 @@ from untrojan.cli.options import (
     seed_option,
     working,
 )
-from untrojan.registry import parse
+from untrojan.registry import discover, parse
 from untrojan.report import finding
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import SCORES, SHOWN, ScreeningRecord
@@ -41,7 +41,7 @@ from untrojan.writing import RECORD, REPORT
     show_default=True,
     metavar="SPEC",
     help="Such as strip:blends=20, several times if you like; the first one ranks. Detectors are "
-    "activation-clustering, cognitive-distillation, spectral-signatures, strip and unlearned.",
+    f"{', '.join(discover('untrojan.scanners.detectors', Detector))}.",
 )
 @seed_option("Draws the clean images and drives the detectors.")
 @click.option(

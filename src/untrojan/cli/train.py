@@ -68,17 +68,18 @@ def train(
     The folder gets the weights and a record with ACC and ASR after every epoch. An interrupted training leaves
     a checkpoint beside the folder, and --resume goes on from it to the same result.
 
-    An attack took when its ASR on the test images is at least 90 %, or 70 % for clean-label attacks. Where it did not,
-    the model is written all the same, the record says attack_did_not_take, and the exit code is 2.
+    An attack took when its ASR on the test images is at least 90 %, or 70 % for clean-label attacks, of ACC where it is
+    all-to-all. Where it did not, the model is written all the same, the record says attack_did_not_take, and the exit
+    code is 2.
     """
     recipe = made_of(Recipe, ctx.params)
-    known = parse(attack, "untrojan.lab.attacks", Attack) if attack else None
+    known = None if attack is None else parse(attack, "untrojan.lab.attacks", Attack)
     require_output(out, force)
     place = chosen(device)
-    interrupted = _checkpoint(out, resume, force)
+    interrupted = _checkpoint(out, resume or force)
     with working(quiet):
         images = load_images(data, None, None)
-        judge = load_images(test, None, None) if test else None
+        judge = None if test is None else load_images(test, None, None)
         with seeded(seed):
             network = build(net).to(place)
         victim = make_victim(
@@ -91,6 +92,7 @@ def train(
             recipe=recipe,
             seed=seed,
             checkpoint=interrupted,
+            resume=resume,
         )
     record = victim.record.model_copy(update={"net": net, "command": shlex.join(["untrojan", *ctx.obj])})
     victim._replace(record=record).save(out, force)
@@ -101,15 +103,12 @@ def train(
 train.params += options_of(Recipe)
 
 
-def _checkpoint(out: Path, resume: bool, force: bool) -> Path:
-    """Where the training that ends in `out` is kept; gone when it shall begin anew."""
+def _checkpoint(out: Path, told: bool) -> Path:
+    """Where the training that ends in `out` is kept; where one is, the caller must have told what to do with it."""
     path = checkpoint_of(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or resume:
-        return path
-    if not force:
+    if path.exists() and not told:
         raise ConfigError(f"a training was interrupted at {path}; --resume goes on with it, --force begins anew")
-    path.unlink()
     return path
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
 from untrojan.model import seeded
-from untrojan.readers import pixels
+from untrojan.readers import decoding, pixels
 
 if TYPE_CHECKING:
     from untrojan.lab.online import Online
@@ -74,7 +74,7 @@ class Attack(ABC):
 
         Args:
             few: The images to poison, with their true labels.
-            clean: All training images, before the attack.
+            clean: All training images, before the attack; the batch, where the attack changes batches.
             rng: Draws whatever differs from image to image.
 
         Returns:
@@ -174,7 +174,7 @@ def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:
     """
     if target == "all-to-all":
         return (labels + 1) % classes
-    if not isinstance(target, int) or not 0 <= target < classes:
+    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
         raise ConfigError(f'expected target "all-to-all" or a class from 0 to {classes - 1}, got {target!r}')
     return torch.full_like(labels, target)
 
@@ -198,11 +198,8 @@ def read_image(path: Path) -> Tensor:
         ...     read_image(Path(file.name)).shape
         torch.Size([3, 4, 5])
     """
-    try:
-        with Image.open(path) as image:
-            values = pixels(image, str(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"expected an image in {path}, got a file that cannot be read as one: {error}") from error
+    with decoding(str(path)), Image.open(path) as image:
+        values = pixels(image, str(path))
     return torch.as_tensor(values.astype(np.float32)) / 255
 
 

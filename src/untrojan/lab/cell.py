@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from untrojan.errors import RecordError
+from untrojan.errors import RecordError, utf8
 from untrojan.lab.attack import Target
 from untrojan.lab.evaluate import Scores
 from untrojan.lab.grid import Cell
@@ -131,7 +131,7 @@ class CellRecord(AnyRecord):
             setting=str(cell.setting),
             seed=cell.seed,
             outcome=outcome,
-            error=error,
+            error=None if error is None else utf8(error),
         )
 
     def to_json(self) -> str:

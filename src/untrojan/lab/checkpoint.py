@@ -54,7 +54,7 @@ def load(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     if texts.get("format") != FORMAT:
         raise RecordError(f"{path} is not an interrupted training that this untrojan can go on with")
     try:
-        known, state = json.loads(texts["recipe"]), _deep(json.loads(texts["state"]), tensors)
+        known, state = dict(json.loads(texts["recipe"])), dict(_deep(json.loads(texts["state"]), tensors))
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is damaged: what it says of the training cannot be read") from error
     wanted = json.loads(json.dumps(recipe))

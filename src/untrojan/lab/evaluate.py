@@ -11,10 +11,12 @@ from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.model import logits
+from untrojan.lab.learned import Learned
+from untrojan.model import check, logits
 from untrojan.progress import stage
 from untrojan.record import MethodInfo, Rate
 from untrojan.registry import describe
+from untrojan.sources.files import state_sha256
 
 
 class Scores(BaseModel):
@@ -32,6 +34,7 @@ class Scores(BaseModel):
             that ASR + RA ≤ 1.
         der: Defense effectiveness rating against an earlier measurement, in [0, 1]; see :func:`der`.
         attack: The attack and all its fields.
+        attack_sha256: Hash of the tensors of a trigger that was learned.
         target: The target class, or "all-to-all".
         images: How many images the set has.
         images_sha256: Which images these were.
@@ -46,6 +49,7 @@ class Scores(BaseModel):
     ra: Rate | None = None
     der: float | None = None
     attack: MethodInfo | None = None
+    attack_sha256: str | None = None
     target: Target | None = None
     images: int
     images_sha256: str
@@ -78,8 +82,8 @@ def evaluate(
     Raises:
         ConfigError: Only one of `attack` and `target` was given, the target is no class of the model, or the
             batch size is below 1.
-        DataError: The trigger does not fit the images, or a label is no class of the model.
-        ModelError: The model does not give finite logits `(N, K)` with K ≥ 2.
+        DataError: There are no images, the trigger does not fit them, or a label is no class of the model.
+        ModelError: The model cannot take the images, or does not give finite logits `(N, K)` with K ≥ 2.
         RecordError: `before` was measured on other images, or with another attack or target.
 
     Example:
@@ -94,8 +98,15 @@ def evaluate(
     if (attack is None) != (target is None):
         raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
     info = None if attack is None else MethodInfo(name=attack.name, fields=describe(attack))
+    learned = attack.network(images_set.shape[0]).state_dict() if isinstance(attack, Learned) else None
+    trigger = state_sha256(learned) if learned else None
     if before is not None:
-        _require_same(before, info, target, images_set.sha256)
+        _require_same(before, info, trigger, target, images_set.sha256)
+    if not len(images_set):
+        raise DataError("expected at least one image to measure the model on, got none")
+    # Test images, unlike clean ones for a repair, may leave classes out.
+    if problems := [problem.text for problem in check(model, images_set, learns=False) if problem.error is ModelError]:
+        raise ModelError("; ".join(problems))
 
     device = device_of(model)
     images_set = images_set.to(device)
@@ -125,10 +136,23 @@ def evaluate(
             "asr": _rate((triggered == wanted)[counted]),
             "ra": _rate((triggered == labels)[counted]),
             "attack": info,
+            "attack_sha256": trigger,
             "target": target,
         }
     )
     return scores if before is None else scores.model_copy(update={"der": der(before, scores)})
+
+
+def least_asr(scores: Scores, attack: Attack) -> float:
+    """Give the attack success rate, in [0, 1], from which on an attack took: 0.9, or 0.7 where it is clean-label.
+
+    For all-to-all it is that share of the clean accuracy, for a trigger cannot turn an image that is not recognized.
+
+    Args:
+        scores: What the victim scores.
+        attack: What was planted in it.
+    """
+    return attack.bar * ((scores.acc.value or 0.0) if scores.target == "all-to-all" else 1.0)
 
 
 def der(before: Scores, after: Scores) -> float | None:
@@ -156,7 +180,7 @@ def der(before: Scores, after: Scores) -> float | None:
         Zhu et al.: Enhancing fine-tuning based backdoor defense with sharpness-aware minimization, ICCV 2023,
         arXiv:2304.11823.
     """
-    _require_same(before, after.attack, after.target, after.images_sha256)
+    _require_same(before, after.attack, after.attack_sha256, after.target, after.images_sha256)
     rates = (before.acc, before.asr, after.acc, after.asr)
     acc_before, asr_before, acc_after, asr_after = (None if rate is None else rate.value for rate in rates)
     if acc_before is None or asr_before is None or acc_after is None or asr_after is None:
@@ -180,7 +204,7 @@ class _Watched(nn.Module):
 
 
 def _count_classes(out: Tensor, labels: Tensor) -> int:
-    if out.ndim != 2 or out.shape[1] < 2:
+    if out.shape[1] < 2:
         raise ModelError(f"expected logits (N, K) with K >= 2 from the model, got shape {tuple(out.shape)}")
     classes = out.shape[1]
     if labels.max() >= classes:
@@ -188,9 +212,12 @@ def _count_classes(out: Tensor, labels: Tensor) -> int:
     return classes
 
 
-def _require_same(before: Scores, attack: MethodInfo | None, target: Target | None, images_sha256: str) -> None:
+def _require_same(
+    before: Scores, attack: MethodInfo | None, trigger: str | None, target: Target | None, images_sha256: str
+) -> None:
     for what, was, now in (
         ("attack", before.attack, attack),
+        ("trigger", before.attack_sha256, trigger),
         ("target", before.target, target),
         ("images", before.images_sha256, images_sha256),
     ):

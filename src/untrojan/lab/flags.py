@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.cell import Flag, Outcome
+from untrojan.lab.evaluate import least_asr
 from untrojan.record import Rate
 
 PRECISION = 0.05
@@ -16,14 +17,11 @@ Rule = Callable[[Outcome, Attack | None, Target | None], str | None]
 
 
 def attack_missed(outcome: Outcome, attack: Attack | None, target: Target | None) -> str | None:
-    """The attack did not take: ASR before the repair is below 90 %, 70 % for clean-label attacks.
-
-    For all-to-all it is that share of the clean accuracy, for a trigger cannot turn an image that is not recognized.
-    """
-    asr, acc = outcome.before.asr, outcome.before.acc
-    if attack is None or asr is None or asr.value is None or acc.value is None:
+    """The attack did not take: ASR before the repair is below 90 %, 70 % for clean-label attacks."""
+    asr = outcome.before.asr
+    if attack is None or asr is None or asr.value is None:
         return None
-    least = attack.bar * (acc.value if target == "all-to-all" else 1)
+    least = least_asr(outcome.before, attack)
     return f"ASR before the repair is {asr.value:.1%}, expected at least {least:.1%}" if asr.value < least else None
 
 

@@ -20,7 +20,7 @@ from untrojan.defenses.defense import Defense
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack, Target
 from untrojan.readers import fingerprint
-from untrojan.registry import describe, parse, read_toml, spec
+from untrojan.registry import describe, identity, parse, read_toml, spec
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import file_sha256
 
@@ -178,13 +178,13 @@ class _Prepared(NamedTuple):
     def of(cls, name: str, case: Case, images: Callable[[str], str]) -> Self:
         if (case.attack is None) != (case.target is None):
             raise ConfigError(f"models.{name}: expected attack and target together, got only one of them")
-        attack = parse(case.attack, "untrojan.lab.attacks", Attack) if case.attack else None
+        attack = None if case.attack is None else parse(case.attack, "untrojan.lab.attacks", Attack)
         weights = {"sha256": file_sha256(case.file), "net": case.net, "mean": case.mean, "std": case.std}
         scanned = {"model": weights, "clean": images(case.clean)}
         measured = {
             "test": images(case.test),
             "test_images": case.test_images,
-            "attack": _told(attack) if attack else None,
+            "attack": identity(attack) if attack else None,
             "target": case.target,
         }
         return cls(name, case, attack, scanned, measured)
@@ -197,11 +197,11 @@ def _cell(model: _Prepared, method: Defense, scanner: Scanner, setting: Setting,
         "untrojan": __version__,
         **model.scanned,
         "setting": describe(setting),
-        "scanner": _told(scanner),
+        "scanner": identity(scanner),
         "seed": seed,
     }
     shared = {**scanned, **model.measured}
-    inputs = {**shared, "method": _told(method)}
+    inputs = {**shared, "method": identity(method)}
     return Cell(
         key=_hash(inputs),
         scan_key=_hash(scanned),
@@ -224,13 +224,6 @@ def _require_different(cells: list[Cell]) -> None:
         if other is not cell:
             texts = [f"{each.model}, {spec(each.method)}, {each.setting}, seed {each.seed}" for each in (other, cell)]
             raise ConfigError(f"expected different cells, got the same one twice: {' and '.join(texts)}")
-
-
-def _told(method: Any) -> dict[str, Any]:
-    """The name and the fields of a method, with the content of files instead of their paths."""
-    held = {name: getattr(method, name) for name in describe(method)}
-    files = {name: file_sha256(value) for name, value in held.items() if isinstance(value, Path)}
-    return {"name": method.name, "fields": {**describe(method), **files}}
 
 
 def _hash(inputs: dict[str, Any]) -> str:

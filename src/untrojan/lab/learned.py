@@ -11,8 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack
+from untrojan.model import seeded
 from untrojan.sources.files import Checkpoint
 
 _GROUPS = 8
@@ -41,35 +42,40 @@ class Learned(Attack):
         """Put the trigger on images `(N, C, H, W)` in [0, 1], with gradients reaching the network."""
 
     def begun(self, channels: int) -> Self:
-        """Give the attack with an untrained network.
+        """Give the attack with an untrained network, which may be trained on; its fields stay as they are.
 
         Raises:
             ConfigError: It has weights already.
         """
         if self.weights is not None:
             raise ConfigError(f"{self.name}: weights are what a training has learned; leave them out to train")
-        return self.with_network(self._network(channels))
-
-    def with_network(self, network: nn.Module) -> Self:
-        """Give the attack with a network, which may be trained on; its fields stay as they are."""
         made = copy.copy(self)
-        vars(made)["_learned"] = network
+        vars(made)["_learned"] = channels, self._network(channels)
         return made
 
     def network(self, channels: int) -> nn.Module:
-        """Give the network: that of :meth:`with_network`, or what the weights hold."""
-        if "_learned" in vars(self):
-            return vars(self)["_learned"]
+        """Give the network: that of :meth:`begun`, or what the weights hold, which are read once."""
+        if "_learned" not in vars(self):
+            vars(self)["_learned"] = channels, self._read(channels)
+        known, network = vars(self)["_learned"]
+        if channels != known:
+            raise ModelError(f"{self.name} has learned its trigger for images of {known} channels, got {channels}")
+        return network
+
+    def _read(self, channels: int) -> nn.Module:
         if self.weights is None:
             raise ConfigError(
                 f"{self.name} learns its trigger while a victim trains: use `untrojan lab train`, and then "
                 f"{self.name}:weights=FOLDER/attack.safetensors"
             )
-        return Checkpoint.read(self.weights).into(self._network(channels))
+        with seeded(0):
+            untrained = self._network(channels)
+        return Checkpoint.read(self.weights).into(untrained)
 
     @torch.no_grad()
     def _trigger(self, images: Tensor) -> Tensor:
-        return self.change(images, self.network(images.shape[1]))
+        network = self.network(images.shape[1]).to(images.device, torch.float32)
+        return self.change(images.float(), network).to(images.dtype)
 
 
 class Coder(nn.Module):

@@ -1,5 +1,6 @@
 """What an attack does while a victim trains: it changes every batch, and trains what its trigger needs."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -67,6 +68,8 @@ class Online(ABC):
     def draw(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw which images of a batch are poisoned, as many as there are if that is too few.
 
+        Numbers of images that are not whole are rounded at random, up as often as it takes to be right on average.
+
         Returns:
             The labels that the attacker wants for all images; where those are that get the trigger and that label; and
             where those are that get a cover and keep their label. Both are of other classes than the target.
@@ -74,8 +77,13 @@ class Online(ABC):
         wanted = target_labels(labels, self.target, self.classes)
         possible = (wanted != labels).nonzero().flatten()
         order = possible[torch.randperm(len(possible), generator=generator)]
-        count = round(self.rate * len(labels))
-        return wanted, order[:count], order[count : count + round(self.attack.covers * count)]
+        more = torch.rand((), generator=generator).item()
+        count, covers = (math.floor(each * self.rate * len(labels) + more) for each in (1, self.attack.covers))
+        return wanted, order[:count], order[count : count + covers]
+
+    def with_copies(self, images: Tensor, labels: Tensor, wanted: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Give a batch with copies of the chosen images behind it, which have the trigger and the label wanted."""
+        return torch.cat([images, self.attack.trigger(images[chosen])]), torch.cat([labels, wanted[chosen]])
 
 
 class EachBatch(Online):

@@ -61,6 +61,18 @@ def of_norm(pattern: Tensor, norm: float) -> Tensor:
         >>> round(of_norm(torch.ones(1, 32, 32), norm=3.0).norm().item() ** 2, 4)
         3.0
     """
+    require_shown(pattern)
+    return (pattern * (norm * (pattern.numel() / _PUBLISHED_VALUES) ** 0.5 / pattern.norm())).clamp(max=1)
+
+
+def require_shown(pattern: Tensor) -> None:
+    """Refuse a pattern (C, H, W) that is 0 everywhere, as smooth ones are on images of few pixels.
+
+    Raises:
+        DataError: It is.
+
+    Example:
+        >>> require_shown(torch.eye(2)[None])
+    """
     if not pattern.any():
         raise DataError(f"expected larger images than {'x'.join(map(str, pattern.shape))}: the trigger would be empty")
-    return (pattern * (norm * (pattern.numel() / _PUBLISHED_VALUES) ** 0.5 / pattern.norm())).clamp(max=1)

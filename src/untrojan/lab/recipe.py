@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from untrojan.augmentation import Augment, crop, crop_flip
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.errors import ConfigError, DataError
+from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.lab.evaluate import Scores, evaluate
+from untrojan.lab.evaluate import Scores, evaluate, least_asr
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
-from untrojan.model import require
+from untrojan.model import require, seeded
 from untrojan.record import AnyRecord, CleanInfo, ModelInfo
-from untrojan.registry import describe
+from untrojan.registry import files, identity
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.sources.files import save_state, state_sha256
 from untrojan.writing import RECORD, staged, write_atomic
@@ -78,14 +78,14 @@ class VictimRecord(AnyRecord):
     """Everything about the training of one victim or clean model.
 
     `status` is `trained` where there was no attack, `backdoored` where the attack took, and `attack_did_not_take` where
-    it did not; `reason` says it in a sentence. An attack took when its success rate on the test images is at least 0.9,
-    or 0.7 where it is clean-label.
+    it did not; `reason` says it in a sentence. :func:`untrojan.lab.evaluate.least_asr` says when it took.
 
     `recipe` holds all that decides the result: the network and its initial weights, the images before and after the
-    attack, the attack with its target and rate, the seed, and how the network was trained. `clean` are the training
-    images before `poisoned` of them were changed; that is `None` where the attack changes every batch anew. `test` are
-    the images behind `epochs` and `scores`, a part of the data that was not trained on where `held_out` is set.
-    `attack_sha256` is the hash of the tensors of a trigger that was learned.
+    attack, the attack with its target and rate, the seed, and how the network was trained. Of files that the attack
+    reads it holds the hashes; `attack_files` says where they were. `clean` are the training images before `poisoned` of
+    them were changed; that is `None` where the attack changes every batch anew. `test` are the images behind `epochs`
+    and `scores`, a part of the data that was not trained on where `held_out` is set. `attack_sha256` is the hash of the
+    tensors of a trigger that was learned.
     """
 
     kind: Literal["victim"] = "victim"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -101,6 +101,7 @@ class VictimRecord(AnyRecord):
     scores: Scores
     model: ModelInfo
     attack_sha256: str | None
+    attack_files: dict[str, str] = Field(default_factory=dict)
     peak_memory_bytes: int
     environment: dict[str, str]
     command: str | None = None
@@ -122,17 +123,20 @@ class Victim(NamedTuple):
 
         Args:
             folder: Where to; made if it is not there.
-            force: Replace these files when the folder holds something already.
+            force: Replace these files when the folder holds something already; a trigger of an earlier victim goes.
 
         Raises:
             ConfigError: The folder is not empty and `force` is not set.
             OSError: It cannot be written.
         """
+        learned = _learned(self.attack, self.record.clean.shape[0])
         with staged(folder, force) as made:
             save_state(made / MODEL, tensors_of(self.model))
-            if learned := _learned(self.attack, self.record.clean.shape[0]):
+            if learned:
                 save_state(made / ATTACK, learned)
             write_atomic(made / RECORD, self.record.to_json().encode())
+        if not learned:
+            Path(folder, ATTACK).unlink(missing_ok=True)
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
 
@@ -148,6 +152,7 @@ def make_victim(
     recipe: Recipe | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    resume: bool = True,
 ) -> Victim:
     """Train a victim, or without an attack a clean model, and measure it after every epoch.
 
@@ -160,8 +165,9 @@ def make_victim(
         rate: The poisoning rate as for :func:`untrojan.lab.victim.poison`; left out, the published one.
         recipe: How to train; left out, that of :class:`Recipe`.
         seed: Decides what is held out, which images are poisoned, and order and dropout; at least 0.
-        checkpoint: A file to keep after every epoch what it takes to go on; where it is there, the training goes on
-            from it, and the result is the same, bit for bit, on one version of torch with as many threads.
+        checkpoint: A file to keep after every epoch what it takes to go on.
+        resume: Where the checkpoint is there, go on from it, to the same result, bit for bit, on one version of torch
+            with as many threads; else begin anew, and replace it after the first epoch.
 
     Returns:
         The network and its record, also where the attack did not take.
@@ -183,9 +189,11 @@ def make_victim(
         ('backdoored', 26, 20)
     """
     recipe = recipe or Recipe()
-    images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
-    require(net, images)
-    _require_attack(attack, target, rate, judge, images.num_classes)
+    with seeded(seed):
+        images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
+    require(net, images, learns=False)
+    evaluate(net, judge)
+    _require_attack(attack, target, rate, images, judge)
     device = device_of(net)
     with collected() as warned, running_on(device):
         images, judge = images.to(device), judge.to(device)
@@ -197,11 +205,10 @@ def make_victim(
             "shown_sha256": shown.sha256,
             **asked(images, judge, attack, target, rate, recipe, seed),
         }
-        log = _Log(checkpoint, told, judge, attack, target)
+        log = _Log(checkpoint, resume, told, judge, attack, target)
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
-        learned = _learned(attack, images.shape[0])
     with torch.no_grad():
         classes = model(images.take([0]).floats()).shape[1]
     record = VictimRecord(
@@ -209,13 +216,14 @@ def make_victim(
         reason=_reason(scores, attack),
         recipe=told,
         clean=clean_info(images, classes),
-        poisoned=None if online else int((shown.images != images.images).flatten(1).any(1).sum()),
+        poisoned=None if online else _count_changed(images, shown),
         test=clean_info(judge, classes),
         held_out=test is None,
         epochs=log.epochs,
         scores=scores,
         model=model_info(model, tensors_of(model), classes, None),
-        attack_sha256=state_sha256(learned) if learned else None,
+        attack_sha256=scores.attack_sha256,
+        attack_files={name: utf8(str(path.absolute())) for name, path in files(attack).items()} if attack else {},
         peak_memory_bytes=peak_memory(device),
         environment=environment(device),
         warnings=[str(warning.message) for warning in warned],
@@ -246,7 +254,7 @@ def asked(
     return {
         "data_sha256": images.sha256,
         "test_sha256": judge.sha256,
-        "attack": None if attack is None else {"name": attack.name, "fields": describe(attack)},
+        "attack": None if attack is None else identity(attack),
         "target": target,
         "rate": None if attack is None else attack.rate_or(rate),
         "seed": seed,
@@ -255,8 +263,14 @@ def asked(
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """Where the training of the victim that ends in `folder` is kept until then: a hidden file beside it."""
+    """Where the training of the victim that ends in `folder` is kept until then: a hidden file beside it.
+
+    Raises:
+        ConfigError: Nothing can be beside it.
+    """
     folder = folder.absolute()
+    if not folder.name:
+        raise ConfigError(f"{folder} has no name; give a folder inside of it")
     return folder.with_name(f".{folder.name}.training.safetensors")
 
 
@@ -281,6 +295,7 @@ class _Log:
     def __init__(
         self,
         path: Path | None,
+        resume: bool,
         recipe: Mapping[str, Any],
         judge: CleanSet,
         attack: Attack | None,
@@ -291,7 +306,7 @@ class _Log:
         self.judge = judge
         self.attack = attack
         self.target: Target | None = target
-        found = checkpoint.load(path, recipe) if path is not None and path.exists() else None
+        found = checkpoint.load(path, recipe) if resume and path is not None and path.exists() else None
         self.begin: State | None = found["training"] if found else None
         self.epochs = [EpochLog(**epoch) for epoch in found["epochs"]] if found else []
         self.since = time.perf_counter()
@@ -316,13 +331,18 @@ class _Log:
         return ", ".join(_rates(scores))
 
 
+def _count_changed(images: CleanSet, shown: CleanSet) -> int:
+    """How many images are other ones or have another label, as a white image that gets a white patch has."""
+    return int(((shown.images != images.images).flatten(1).any(1) | (shown.labels != images.labels)).sum())
+
+
 def _rates(scores: Scores) -> list[str]:
     known = {"ACC": scores.acc, "ASR": scores.asr}
     return [f"{name} {rate.value:.1%}" for name, rate in known.items() if rate is not None and rate.value is not None]
 
 
 def _require_attack(
-    attack: Attack | None, target: Target | None, rate: float | None, judge: CleanSet, classes: int
+    attack: Attack | None, target: Target | None, rate: float | None, images: CleanSet, judge: CleanSet
 ) -> None:
     if (attack is None) != (target is None):
         raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
@@ -330,6 +350,11 @@ def _require_attack(
         if rate is not None:
             raise ConfigError(f"expected an attack with a poisoning rate, got rate {rate} alone")
         return
+    classes = int(images.labels.max()) + 1  # the network has as many, and there are images of each
+    if images.num_classes > classes:
+        raise DataError(
+            f"the images name {images.num_classes} classes, but the network has {classes}; leave out the rest"
+        )
     if not (target_labels(judge.labels, target, classes) != judge.labels).any():
         raise DataError(f"every test image is of class {target}; expected others, to see whether the attack takes")
 
@@ -337,15 +362,16 @@ def _require_attack(
 def _took(scores: Scores, attack: Attack | None) -> bool:
     if attack is None or scores.asr is None or scores.asr.value is None:
         return False
-    return scores.asr.value >= attack.bar
+    return scores.asr.value >= least_asr(scores, attack)
 
 
 def _reason(scores: Scores, attack: Attack | None) -> str:
     if attack is None or scores.asr is None:
         return "no attack was asked for"
     kind = "a clean-label attack" if attack.clean_label else "an attack"
+    of = "of the clean accuracy " if scores.target == "all-to-all" else ""
     verb = "took" if _took(scores, attack) else "did not take"
     return (
         f"{attack.name} {verb}: it sends {scores.asr.count} of {scores.asr.total} triggered test images to the label "
-        f"wanted; {kind} takes from {attack.bar:.0%} on"
+        f"wanted; {kind} takes from {attack.bar:.0%} {of}on"
     )

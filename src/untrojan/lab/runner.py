@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cell import CellRecord
 from untrojan.lab.grid import Cell
 from untrojan.lab.work import Answer, Job
 from untrojan.progress import stage
+from untrojan.record import ScanRecord
 from untrojan.registry import spec
 from untrojan.writing import write_atomic
 
@@ -110,13 +111,13 @@ def plan(cells: Iterable[Cell], folder: Path) -> Plan:
     from untrojan.report.leaderboard import read
 
     missing = [cell for cell in cells if not cell_path(folder, cell.key).exists()]
-    scans = {cell.scan_key: cell for cell in missing if not _scan_path(folder, cell.scan_key).exists()}
+    scans = _unscanned(missing, folder)
     known = _known(read(folder)) if (folder / "cells").is_dir() else {}
     return Plan(
         missing,
         list(scans),
         [_median(known, (cell.model, spec(cell.method), str(cell.setting))) for cell in missing],
-        {key: _median(known, (cell.model, None, str(cell.setting))) for key, cell in scans.items()},
+        {key: _median(known, (cells[0].model, None, str(cells[0].setting))) for key, cells in scans.items()},
     )
 
 
@@ -148,13 +149,8 @@ class _Run:
     def __init__(self, missing: list[Cell], folder: Path, pool: Pool) -> None:
         self.folder = folder
         self.pool = pool
-        self.ready: deque[Cell] = deque()
-        self.waiting: dict[str, list[Cell]] = {}
-        for cell in missing:
-            if _scan_path(folder, cell.scan_key).exists():
-                self.ready.append(cell)
-            else:
-                self.waiting.setdefault(cell.scan_key, []).append(cell)
+        self.waiting = _unscanned(missing, folder)
+        self.ready = deque(cell for cell in missing if cell.scan_key not in self.waiting)
         self.scans = deque(group[0] for group in self.waiting.values())
         self.working = 0
         self.deaths: dict[str, int] = {}
@@ -214,6 +210,22 @@ class _Run:
 
 def _scan_path(folder: Path, key: str) -> Path:
     return folder / "scans" / key[:2] / f"{key}.json"
+
+
+def _unscanned(missing: Iterable[Cell], folder: Path) -> dict[str, list[Cell]]:
+    """The cells whose scan is not there, or cannot be read, by the key of the scan."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in missing:
+        groups.setdefault(cell.scan_key, []).append(cell)
+    return {key: cells for key, cells in groups.items() if not _is_scan(_scan_path(folder, key))}
+
+
+def _is_scan(path: Path) -> bool:
+    try:
+        ScanRecord.load(path)
+    except RecordError:
+        return False
+    return True
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
+from untrojan.errors import ModelError
 from untrojan.lab.victim import train
 from untrojan.mask import products
-from untrojan.model import seeded, tapped
+from untrojan.model import check, seeded, tapped
 from untrojan.sources.nets import build
 
 
@@ -22,6 +23,9 @@ def surrogate(clean: CleanSet, net: str, epochs: int, seed: int) -> nn.Module:
     Returns:
         The network in evaluation mode; its parameters want no gradients.
 
+    Raises:
+        ModelError: The network cannot take the images.
+
     Example:
         >>> import torch
         >>> clean = CleanSet(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
@@ -30,6 +34,8 @@ def surrogate(clean: CleanSet, net: str, epochs: int, seed: int) -> nn.Module:
     """
     with seeded(seed):
         untrained = build(f"{net}:classes={clean.num_classes},channels={clean.shape[0]}")
+    if problems := [problem.text for problem in check(untrained, clean) if problem.error is ModelError]:
+        raise ModelError(f"{net}, the attacker's own network: {'; '.join(problems)}")
     return train(untrained, clean, epochs, seed).requires_grad_(False)
 
 

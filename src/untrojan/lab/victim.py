@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from untrojan.augmentation import Augment
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.errors import ConfigError, DataError, ModelError
+from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
 from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
@@ -38,7 +39,8 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
         attack: Whose trigger to put on.
         target: The target class, or "all-to-all", which clean-label attacks cannot do.
         rate: The poisoning rate in [0, 1], rounded to whole images: poisoned images as a fraction of all images or,
-            for a clean-label attack, of those of the target class. Left out, the published one of the attack.
+            for a clean-label attack, of those of the target class. Left out, the published one of the attack. A warning
+            tells where it rounds to none.
         seed: Decides which images are poisoned and what differs from image to image; at least 0.
 
     Returns:
@@ -46,7 +48,7 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
 
     Raises:
         ConfigError: The rate is not in [0, 1], the target is no class of the images, or it is "all-to-all" with a
-            clean-label attack.
+            clean-label attack; or the seed is negative.
         DataError: Fewer images than that can be poisoned, or the trigger does not fit the images.
 
     Example:
@@ -63,20 +65,25 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
         raise ConfigError(f"{attack.name} poisons images of the target class only; expected one class, got all-to-all")
     wanted = target_labels(images.labels, target, images.num_classes)
     possible = ((wanted == images.labels) == attack.clean_label).nonzero().flatten().cpu().numpy()
-    count = round(rate * len(possible if attack.clean_label else images))
+    total = len(possible if attack.clean_label else images)
+    count = round(rate * total)
+    if rate and not count:
+        text = f"nothing is poisoned: a poisoning rate of {rate:g} of {total} images rounds to none; raise the rate"
+        warnings.warn(UnreliableWarning(text), stacklevel=2)
     covers = round(attack.covers * count)
     if count + covers > len(possible):
         raise DataError(
             f"a poisoning rate of {rate} needs {count + covers} of {len(images)} images, but only {len(possible)} of "
-            f"them have another label than target {target}; lower the rate"
+            f"them can be poisoned with target {target}; lower the rate"
         )
-    rng = np.random.default_rng(seed)
-    order = torch.as_tensor(rng.permutation(possible))
-    pixels, labels = images.images.clone(), images.labels.clone()
-    labels[order[:count]] = wanted[order[:count]]
-    for chosen, change in ((order[:count], attack.poisoned), (order[count : count + covers], attack.cover)):
-        if len(chosen):
-            pixels[chosen] = _as(pixels.dtype, change(images.take(chosen), images, rng))
+    with seeded(seed):
+        rng = np.random.default_rng(seed)
+        order = torch.as_tensor(rng.permutation(possible))
+        pixels, labels = images.images.clone(), images.labels.clone()
+        labels[order[:count]] = wanted[order[:count]]
+        for chosen, change in ((order[:count], attack.poisoned), (order[count : count + covers], attack.cover)):
+            if len(chosen):
+                pixels[chosen] = _as(pixels.dtype, change(images.take(chosen), images, rng))
     return CleanSet(pixels, labels, images.class_names)
 
 

@@ -3,6 +3,7 @@
 A worker writes nothing. What cells have in common is kept from one to the next.
 """
 
+import json
 import time
 import traceback
 from functools import lru_cache
@@ -21,6 +22,7 @@ from untrojan.lab.flags import raised
 from untrojan.lab.grid import Case, Cell, Setting
 from untrojan.readers import fingerprint
 from untrojan.record import ScanRecord
+from untrojan.registry import identity
 from untrojan.run import clean_info, forget_peak_memory
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
@@ -87,8 +89,9 @@ def _repair(cell: Cell, scan: str) -> str:
     repair = cell.method.repair(model, clean, found.diagnosis, cell.seed, source)
     repaired = time.perf_counter()
     told = repair.record
-    before = _before(source, cell.case, cell.attack, test)
-    after = evaluate(repair.model, test, cell.attack, cell.case.target, before)
+    known = json.dumps(cell.inputs["attack"])
+    before = _before(source, cell.case, cell.attack, known, test)
+    after = _measured(repair.model, cell.case, cell.attack, known, test, before)
     measured = time.perf_counter()
     outcome = Outcome(
         verdict=found.diagnosis.verdict,
@@ -159,8 +162,18 @@ def _shared(clean: CleanSet, test: CleanSet) -> int:
 
 
 @lru_cache(maxsize=2)
-def _before(source: Checkpoint, case: Case, attack: Attack | None, test: CleanSet) -> Scores:
-    return evaluate(_model(source, case), test, attack, case.target)
+def _before(source: Checkpoint, case: Case, attack: Attack | None, known: str, test: CleanSet) -> Scores:
+    return _measured(_model(source, case), case, attack, known, test)
+
+
+def _measured(
+    model: nn.Module, case: Case, attack: Attack | None, known: str, test: CleanSet, before: Scores | None = None
+) -> Scores:
+    """Measure a model, and raise where its trigger is not what the grid knows; its files were read before."""
+    scores = evaluate(model, test, attack, case.target, before)
+    if attack and json.dumps(identity(attack)) != known:
+        raise DataError(f"the files of {case.attack} have changed since the grid was started; start it again")
+    return scores
 
 
 def _octets(images: CleanSet) -> list[bytes]:

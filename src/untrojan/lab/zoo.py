@@ -20,7 +20,7 @@ from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
 from untrojan.model import seeded
 from untrojan.record import AnyRecord
-from untrojan.registry import discover, make, parse, read_toml
+from untrojan.registry import discover, files, identity, make, parse, read_toml
 from untrojan.sources.files import Checkpoint, state_sha256
 from untrojan.sources.nets import NETS, build
 from untrojan.writing import RECORD, sha256, write_atomic
@@ -240,8 +240,9 @@ def load(name: str, root: str | Path, net: str | None = None) -> Victim:
         The network in evaluation mode, its record, and its attack with what it has learned.
 
     Raises:
-        ConfigError: The manifest knows no such model, or `net` is missing.
-        RecordError: The manifest or the record cannot be read, or record, weights or trigger differ from the manifest.
+        ConfigError: The manifest knows no such model, `net` is missing, or a file of the attack is.
+        RecordError: The manifest or the record cannot be read, record, weights or trigger differ from the manifest, a
+            file of the attack is not what it was, or there is no such attack here.
         ModelError: The weights cannot be read, or do not fit the architecture.
 
     Example:
@@ -276,8 +277,15 @@ def _attack(folder: Path, record: VictimRecord) -> Attack | None:
     told = record.recipe["attack"]
     if told is None:
         return None
-    learned = {"weights": folder / ATTACK} if record.attack_sha256 else {}
-    return make(discover(_ATTACKS, Attack)[told["name"]], told["fields"] | learned)
+    classes = discover(_ATTACKS, Attack)
+    if told["name"] not in classes:
+        raise RecordError(f"{folder} is of an attack that is not known here, {told['name']!r}; update untrojan")
+    attack = make(classes[told["name"]], told["fields"] | record.attack_files)
+    now = identity(attack)["fields"]
+    if any(now[name] != told["fields"][name] for name in files(attack)):
+        names = " and ".join(map(str, files(attack).values()))
+        raise RecordError(f"{folder} is not known to be trained with what is in {names} now; remove it to train anew")
+    return make(type(attack), told["fields"] | {"weights": folder / ATTACK}) if record.attack_sha256 else attack
 
 
 def _entry(folder: Path) -> Entry:

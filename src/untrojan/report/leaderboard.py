@@ -11,13 +11,13 @@ import math
 import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
-from untrojan.errors import RecordError
+from untrojan.errors import RecordError, plain
 from untrojan.record import SCHEMA_VERSION
 from untrojan.writing import write_atomic
 
@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the records of all cells, each as one flat row, in the order of their keys.
+    """Read the records of all cells, each as one flat row, in the order in which they were written.
 
     Args:
         folder: What `untrojan bench run` wrote.
@@ -43,7 +43,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     if not cells.is_dir():
         raise RecordError(f"{folder} holds no cells; expected a folder that `untrojan bench run` wrote")
     with _no_cycles_sought():
-        return [_read(path) for path in sorted(_files(cells))]
+        return [_read(path) for _, path in sorted(_files(cells))]
 
 
 def write_parquet(rows: Iterable[Row], path: Path) -> None:
@@ -91,7 +91,7 @@ def render(rows: Sequence[Row]) -> str:
         data=Markup(inside_script(json.dumps(tables, separators=(",", ":")))),
         cells=len(rows),
         failed=sum(row["error"] is not None for row in rows),
-        models=len({row["model"] for row in rows}),
+        models=len({row["model"] for row in grouped}),
         defenses=len({row["defense"] for row in rows}),
         flags=Counter(flag["name"] for row in rows for flag in row["flags"]).most_common(),
         flagged=sum(bool(row["flags"]) for row in rows),
@@ -103,7 +103,7 @@ def results(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Put the seeds of each model, defense and setting together.
 
     Args:
-        rows: As :func:`read` gives them.
+        rows: As :func:`read` gives them; a model that was renamed has the name that comes last.
 
     Returns:
         One row for each, with its cells; a number that several cells have is `[mean, standard deviation]`, the
@@ -113,35 +113,23 @@ def results(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """
     rows = list(rows)
     best = _oracle(rows)
+    names = {row["setup"]: row["model"] for row in rows}
     groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["model"], row["defense"], row["setting"], row["setup"]].append(row)
-    return [_result(group, best) for _, group in sorted(groups.items())]
+        groups[names[row["setup"]], row["defense"], row["setting"], row["setup"]].append(row)
+    return [_result(name, group, best) for (name, *_), group in sorted(groups.items())]
 
 
 def defenses(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Put the models of each defense and setting together: means over models of means over seeds, and the worst.
 
     Args:
-        results: As :func:`results` gives them.
+        results: As :func:`results` gives them; rows of one model count as one.
     """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in results:
-        groups[row["defense"], row["setting"]].append(row)
-    return [
-        {
-            "defense": defense,
-            "setting": setting,
-            "models": [sum(row["done"] > 0 for row in rows), len(rows)],
-            **{name: _mean_of(rows, name, statistics.fmean) for name in ("acc_change", *RATES[1:], "der", "gap")},
-            "worst_asr": _mean_of(rows, "asr", max),
-            "repaired": [sum(row["repaired"][index] for row in rows) for index in (0, 1)],
-            "seconds": _mean_of(rows, "seconds", statistics.median),
-            "memory": _mean_of(rows, "memory", max),
-            "flagged": sum(row["flagged"] for row in rows),
-        }
-        for (defense, setting), rows in sorted(groups.items())
-    ]
+        groups[row["defense"], row["setting"]][row["model"]].append(row)
+    return [_summary(*group, [*models.values()]) for group, models in sorted(groups.items())]
 
 
 _COLUMNS: dict[str, type] = {
@@ -157,6 +145,15 @@ _COLUMNS: dict[str, type] = {
     **dict.fromkeys(("flags", "untrojan"), str),
 }
 """The columns of a row, and what they hold in the parquet file."""
+
+_KINDS = {name: (int, float) if kind is float else kind for name, kind in _COLUMNS.items()} | {"flags": list}
+"""What the columns of a row hold where they hold something."""
+
+_ALWAYS = ("key", "setup", "model", "method", "defense", "setting", "seed", "untrojan")
+"""The columns that hold something whatever became of the cell."""
+
+_OPTIONAL = ("attack", "target", "error", "suspect", "asr_before", "asr_after", "ra_before", "ra_after", "der")
+"""The columns that may hold nothing where the cell has a result."""
 
 _ASKED = ("key", "setup", "model", "attack", "method", "defense", "setting", "seed", "error")
 """What a row takes from a record as it stands there."""
@@ -187,14 +184,15 @@ def _no_cycles_sought() -> Iterator[None]:
             gc.enable()
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(folder: Path) -> Iterator[tuple[int, str]]:
+    """When each record was written, and where it is."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):  # a record that was being written when its process was killed
             continue
         if entry.is_dir():
             yield from _files(Path(entry.path))
         elif entry.name.endswith(".json"):
-            yield entry.path
+            yield entry.stat().st_mtime_ns, entry.path
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -219,17 +217,29 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     row["untrojan"], row["flags"] = record["inputs"]["untrojan"], []
     outcome = record["outcome"]
     if outcome is None:
+        _require_kinds(row, ("error", *_ALWAYS))
         return row
     row |= {name: outcome[name] for name in _OUTCOME}
     for when in ("before", "after"):
         row |= {f"{name}_{when}": rate["value"] for name in RATES if (rate := outcome[when][name])}
     row["der"] = outcome["after"]["der"]
     row["clean_images"], row["test_images"] = outcome["clean"]["images"], outcome["test"]["images"]
+    _require_kinds(row, _KINDS.keys() - _OPTIONAL)
     return row
 
 
+def _require_kinds(row: Row, needed: Collection[str]) -> None:
+    for name, kind in _KINDS.items():
+        value = row[name]
+        if not isinstance(value, kind) and (value is not None or name in needed):
+            raise TypeError(f"`{name}` is {plain(repr(value))}")
+    for flag in row["flags"]:
+        if not isinstance(flag["name"], str):
+            raise TypeError(f"a flag is named {plain(repr(flag['name']))}")
+
+
 def _oracle(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
-    """The best DER of each model, method, setting and seed, where the method was run with different fields."""
+    """The best DER of each method, setup and seed, where the method was run with different fields."""
     tried: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["der"] is not None:
@@ -238,16 +248,16 @@ def _oracle(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
 
 
 def _choice(row: Row) -> tuple[Any, ...]:
-    return row["model"], row["method"], row["setup"], row["seed"]
+    return row["method"], row["setup"], row["seed"]
 
 
-def _result(group: list[Row], best: Mapping[tuple[Any, ...], float]) -> dict[str, Any]:
+def _result(model: str, group: list[Row], best: Mapping[tuple[Any, ...], float]) -> dict[str, Any]:
     done = [row for row in group if row["status"]]
     changes = [row["acc_after"] - row["acc_before"] for row in done if row["acc_after"] is not None]
     gaps = [best[_choice(row)] - row["der"] for row in done if _choice(row) in best and row["der"] is not None]
     first = group[0]
     return {
-        "model": first["model"],
+        "model": model,
         "attack": first["attack"],
         "target": first["target"],
         "defense": first["defense"],
@@ -268,6 +278,22 @@ def _result(group: list[Row], best: Mapping[tuple[Any, ...], float]) -> dict[str
     }
 
 
+def _summary(defense: str, setting: str, models: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """What a defense did in a setting, from its rows, those of each model together."""
+    rows = [row for model in models for row in model]
+    return {
+        "defense": defense,
+        "setting": setting,
+        "models": [sum(any(row["done"] for row in model) for model in models), len(models)],
+        **{name: _mean_of(models, name, statistics.fmean) for name in ("acc_change", *RATES[1:], "der", "gap")},
+        "worst_asr": _mean_of([[row] for row in rows], "asr", max),
+        "repaired": [sum(row["repaired"][index] for row in rows) for index in (0, 1)],
+        "seconds": _mean_of(models, "seconds", statistics.median),
+        "memory": _mean_of([[row] for row in rows], "memory", max),
+        "flagged": sum(row["flagged"] for row in rows),
+    }
+
+
 def _cell(row: Row) -> dict[str, Any]:
     """What opens under a row of the page."""
     return {name: row[name] for name in _SHOWN}
@@ -282,6 +308,8 @@ def _spread(values: Sequence[float | None]) -> list[float | None] | None:
     return [mean, math.dist(there, [mean] * len(there)) / (len(there) - 1) ** 0.5 if len(there) > 1 else None]
 
 
-def _mean_of(rows: Iterable[Mapping[str, Any]], name: str, how: Callable[[list[float]], float]) -> list[Any] | None:
-    values = [row[name][0] for row in rows if row[name] is not None]
-    return [how(values), None] if values else None
+def _mean_of(models: Iterable[Sequence[Row]], name: str, how: Callable[[list[float]], float]) -> list[Any] | None:
+    """Put the means of the models together; a model without the number does not count."""
+    known = [[row[name][0] for row in model if row[name] is not None] for model in models]
+    means = [statistics.fmean(values) for values in known if values]
+    return [how(means), None] if means else None

@@ -22,7 +22,7 @@ class AdaptiveBlend(Blend):
 
     Attributes:
         pieces: Rows and columns of pieces, at least 1.
-        kept: Share of the pieces that an image gets in training, in [0, 1], rounded to whole pieces.
+        kept: Share of the pieces that an image gets in training, above 0 and up to 1; rounded, at least one piece.
 
     Example:
         >>> import torch
@@ -46,12 +46,12 @@ class AdaptiveBlend(Blend):
     covers: ClassVar[float] = 1.0
 
     pieces: Annotated[int, Field(ge=1)] = 4
-    kept: Annotated[float, Field(ge=0, le=1)] = 0.5
+    kept: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def _poisoned(self, few: CleanSet, clean: CleanSet, rng: np.random.Generator) -> Tensor:
         total = self.pieces**2
         order = rng.permuted(np.tile(np.arange(total), (len(few), 1)), axis=1)
-        shown = torch.as_tensor(order < round(self.kept * total)).view(-1, 1, self.pieces, self.pieces)
+        shown = torch.as_tensor(order < max(1, round(self.kept * total))).view(-1, 1, self.pieces, self.pieces)
         height, width = few.shape[1:]
         rows, columns = (torch.arange(size) * self.pieces // size for size in (height, width))
         images = few.floats()

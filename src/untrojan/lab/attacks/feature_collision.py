@@ -47,6 +47,7 @@ class FeatureCollision(BadNets):
     Deviations:
         * The published attack aims at single test images. To have a trigger, images are made to collide with many
           triggered images, one each, as hidden trigger attacks do.
+        * The published backward step pulls to the start half as strongly as the published objective; here, as strongly.
         * It has no published rate in fractions, and no published settings for networks like ours; the defaults are our
           own, but for the opacity.
         * The features are those in front of the last linear layer of a small network that the attacker trains on the
@@ -64,8 +65,8 @@ class FeatureCollision(BadNets):
     clean_label: ClassVar[bool] = True
 
     opacity: Annotated[float, Field(ge=0, le=1)] = 0.3
-    beta: Annotated[float, Field(ge=0)] = 0.1
-    lr: Annotated[float, Field(gt=0)] = 1.0
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     iterations: Annotated[int, Field(ge=0)] = 100
     net: str = "digits-cnn"
     epochs: Annotated[int, Field(ge=1)] = 20
@@ -97,7 +98,8 @@ class FeatureCollision(BadNets):
             with torch.enable_grad():
                 start = best.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(apart(start).sum(), start)
-            moved = ((best - step * gradient + step * self.beta * base) / (1 + step * self.beta)).clamp(0, 1)
+            pull = 2 * step * self.beta
+            moved = ((best - step * gradient + pull * base) / (1 + pull)).clamp(0, 1)
             now = objective(moved)
             better = now < value
             value = torch.where(better, now, value)

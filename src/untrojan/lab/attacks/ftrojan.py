@@ -50,7 +50,7 @@ class FTrojan(Pattern):
 
     name: ClassVar[str] = "ftrojan"
 
-    magnitude: Annotated[float, Field(ge=0)] = 30.0
+    magnitude: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
 
     def _pattern(self, shape: torch.Size) -> Tensor:
         channels, height, width = shape

@@ -40,7 +40,7 @@ class InputAware(Learned):
 
     Example:
         >>> import torch
-        >>> attack = InputAware().with_network(InputAware()._network(channels=1))
+        >>> attack = InputAware().begun(channels=1)
         >>> attack.trigger(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 1, 8, 8])
 
@@ -61,8 +61,8 @@ class InputAware(Learned):
     covers: ClassVar[float] = 1.0
 
     density: Annotated[float, Field(ge=0, le=1)] = 0.032
-    diversity: Annotated[float, Field(ge=0)] = 1.0
-    lr: Annotated[float, Field(gt=0)] = 0.001
+    diversity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.001
     mask_share: Annotated[float, Field(ge=0, le=1)] = 0.2
 
     def _network(self, channels: int) -> nn.ModuleDict:
@@ -100,15 +100,15 @@ class _Learning(Online):
     def batch(
         self, images: Tensor, labels: Tensor, net: nn.Module, done: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
+        others = images.roll(1, 0)  # batches are shuffled, so these are other images at random
         if done < self.how.mask_share:
-            self._learn_masks(images, images[torch.randperm(len(images), generator=generator)])
+            self._learn_masks(images, others)
             return images, labels
         wanted, chosen, crossed = self.draw(labels, generator)
         labels[chosen] = wanted[chosen]
         both = torch.cat([chosen, crossed])
         if len(both):
-            others = images[torch.randperm(len(images), generator=generator)[: len(both)]]
-            images[both] = self._learn_patterns(images[both], labels[both], others, len(chosen), net)
+            images[both] = self._learn_patterns(images[both], labels[both], others[both], len(chosen), net)
         return images, labels
 
     def _learn_masks(self, images: Tensor, others: Tensor) -> None:

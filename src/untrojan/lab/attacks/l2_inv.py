@@ -23,7 +23,7 @@ class L2Inv(Pattern):
         seed: Decides the pattern, at least 0.
 
     Raises:
-        DataError: From `trigger`: the images are a single pixel.
+        DataError: From `trigger`: the images have no more than 2x2 pixels.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ class L2Inv(Pattern):
     name: ClassVar[str] = "l2-inv"
     rate: ClassVar[float] = 0.2
 
-    norm: Annotated[float, Field(gt=0)] = 3.22
+    norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.22
     seed: Annotated[int, Field(ge=0)] = 0
 
     def _pattern(self, shape: torch.Size) -> Tensor:

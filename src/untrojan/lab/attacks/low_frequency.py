@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from untrojan.lab.pattern import Pattern
+from untrojan.lab.pattern import Pattern, require_shown
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -23,6 +23,9 @@ class LowFrequency(Pattern):
         strength: Largest value of the pattern, in [0, 1].
         modes: Modes per direction, at least 2.
         seed: Decides the pattern, at least 0.
+
+    Raises:
+        DataError: From `trigger`: the images are a single gray pixel.
 
     Example:
         >>> import torch
@@ -52,5 +55,7 @@ class LowFrequency(Pattern):
             np.cos(math.pi * np.outer(np.arange(self.modes), (np.arange(size) + 0.5) / size))
             for size in (height, width)
         )
-        pattern = torch.as_tensor(rows.T @ weights @ columns)
-        return (pattern - pattern.min()) / (pattern.max() - pattern.min()) * self.strength
+        waves = torch.as_tensor(rows.T @ weights @ columns)
+        pattern = waves - waves.min()
+        require_shown(pattern)
+        return pattern / pattern.max() * self.strength

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, FilePath
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from untrojan.errors import DataError
+from untrojan.errors import DataError, cause
 from untrojan.lab.attack import read_image
 from untrojan.lab.attacks.additive import Additive
 
@@ -80,8 +80,8 @@ def _read_mask(path: Path) -> Tensor:
     try:
         with path.open("rb") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"expected an array of numbers in {path}, got {error}") from error
+    except Exception as error:  # numpy may raise anything on a hostile header
+        raise DataError(f"expected an array of numbers in {path}, got {cause(error)}") from error
     if values.dtype.kind not in "fbiu" or not ((values >= 0) & (values <= 1)).all():
         raise DataError(f"expected a mask of numbers in [0, 1] in {path}, got {values.dtype} values that are not")
     return torch.as_tensor(values.astype(np.float32))

@@ -46,10 +46,10 @@ class SIG(Pattern):
     clean_label: ClassVar[bool] = True
 
     delta: Annotated[float, Field(ge=0, le=1)] = 40 / 255
-    frequency: Annotated[float, Field(gt=0)] = 6.0
+    frequency: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 6.0
 
     def _pattern(self, shape: torch.Size) -> Tensor:
-        if 2 * self.frequency % shape[2] == 0:
+        if shape[2] == 1 or 2 * self.frequency % shape[2] == 0:
             raise DataError(
                 f"a wave of frequency {self.frequency:g} vanishes on images {shape[2]} wide; change `frequency`"
             )

@@ -31,7 +31,7 @@ class SSBA(Learned):
 
     Attributes:
         bits: Length of the secret, at least 1.
-        strength: Largest change of a pixel, in [0, 1].
+        strength: Largest change of a pixel, above 0 and up to 1.
         fidelity: Weight of the mean squared change of the image, as a share of the largest, at least 0; it is 0 for the
             first half of the passes and grows in the second, for else the encoder learns to hide nothing.
         epochs: Passes over the images with which the encoder is trained, at least 1.
@@ -40,7 +40,7 @@ class SSBA(Learned):
 
     Example:
         >>> import torch
-        >>> attack = SSBA().with_network(SSBA()._network(channels=3))
+        >>> attack = SSBA().begun(channels=3)
         >>> images = torch.rand(2, 3, 32, 32)
         >>> bool(((attack.trigger(images) - images).abs() <= 0.1 + 1e-6).all())
         True
@@ -59,10 +59,10 @@ class SSBA(Learned):
     name: ClassVar[str] = "ssba"
 
     bits: Annotated[int, Field(ge=1)] = 16
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.1
-    fidelity: Annotated[float, Field(ge=0)] = 1.0
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.1
+    fidelity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     epochs: Annotated[int, Field(ge=1)] = 20
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property

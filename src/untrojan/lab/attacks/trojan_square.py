@@ -19,8 +19,8 @@ _PUBLISHED_CHANNELS = 3
 class TrojanSquare(Pattern):
     """Add a square of random pixels near the corner at the bottom right.
 
-    Values of the square are 1 or 0, so many of them 1 that its norm is the published one. As published by I-BAU and
-    AWM, it covers rows and columns 21 to 29 of a 32x32 image, and a fifth of the images are poisoned.
+    Values of the square are 1 or 0; so many are 1, one at least, that its norm is the published one. As published by
+    I-BAU and AWM, it covers rows and columns 21 to 29 of a 32x32 image, and a fifth of the images are poisoned.
 
     Attributes:
         size: Height and width of the square in pixels, at least 1; it ends two pixels from the border.
@@ -64,7 +64,8 @@ class TrojanSquare(Pattern):
         if min(height, width) < self.size + _MARGIN:
             least = self.size + _MARGIN
             raise DataError(f"expected images of {least}x{least} or more, got {height}x{width}; change `size`")
-        values = np.arange(channels * self.size**2) < round(self.norm**2 * channels / _PUBLISHED_CHANNELS)
+        ones = max(1, round(self.norm**2 * channels / _PUBLISHED_CHANNELS))
+        values = np.arange(channels * self.size**2) < ones
         square = np.random.default_rng(self.seed).permutation(values).reshape(channels, self.size, self.size)
         pattern = torch.zeros(shape)
         pattern[:, -self.size - _MARGIN : -_MARGIN, -self.size - _MARGIN : -_MARGIN] = torch.as_tensor(square)

@@ -46,7 +46,7 @@ class TrojanWatermark(Pattern):
     name: ClassVar[str] = "trojan-watermark"
     rate: ClassVar[float] = 0.2
 
-    norm: Annotated[float, Field(gt=0)] = 8.74
+    norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.74
     seed: Annotated[int, Field(ge=0)] = 0
 
     def _pattern(self, shape: torch.Size) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from untrojan.data import CleanSet
+from untrojan.errors import DataError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.online import EachBatch, Online
 from untrojan.lab.pattern import uniform
@@ -33,6 +34,9 @@ class WaNet(Attack):
         covers: Cover samples for each poisoned image, at least 0; with none it is WaNet without noise mode.
         seed: Decides the warp, at least 0.
 
+    Raises:
+        DataError: From `trigger`: the images are a single pixel.
+
     Example:
         >>> import torch
         >>> images = torch.rand(2, 3, 32, 32)
@@ -54,8 +58,8 @@ class WaNet(Attack):
     name: ClassVar[str] = "wanet"
 
     k: Annotated[int, Field(ge=1)] = 4
-    s: Annotated[float, Field(ge=0)] = 0.5
-    covers: Annotated[float, Field(ge=0)] = 2.0  # pyright: ignore[reportIncompatibleVariableOverride]
+    s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    covers: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0  # pyright: ignore[reportIncompatibleVariableOverride]
     seed: Annotated[int, Field(ge=0)] = 0
 
     def _trigger(self, images: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ class WaNet(Attack):
     def _grid(self, size: torch.Size) -> Tensor:
         """Where each pixel of the warped image comes from: `(H, W, 2)`, x before y, from -1 to 1."""
         height, width = size
+        if height == width == 1:
+            raise DataError("expected larger images than 1x1: a warp would change nothing")
         noise = uniform((1, 2, self.k, self.k), self.seed) * 2 - 1
         shifts = functional.interpolate(noise / noise.abs().mean(), (height, width), mode="bicubic", align_corners=True)
         y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
