@@ -38,6 +38,20 @@ def test_a_model_that_still_has_it_fails(check):
     assert not check(FallsForSquare(), FallsForSquare(), make_dark(), GIVEN, 0).passed
 
 
+class Together(FallsForSquare):
+    """Takes no single image, as networks that normalize by their batch do not."""
+
+    def forward(self, images):
+        assert len(images) > 1
+        return super().forward(images)
+
+
+@triggers
+@pytest.mark.usefixtures("short_searches")
+def test_a_model_that_takes_no_single_image_is_checked(check):
+    assert "accepted are 50%" in check(Together(), Together(0.0), make_dark(), GIVEN, 0).detail
+
+
 @pytest.mark.parametrize(("left", "passed"), [(60.0, False), (0.0, True)])
 def test_where_the_scan_found_two_labels_both_are_checked(left, passed):
     shown = [

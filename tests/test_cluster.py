@@ -105,6 +105,12 @@ def test_more_gpus_than_there_are_are_told(address):
         Cluster(address, gpus=2)
 
 
+def test_an_address_that_is_empty_is_one_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command(["bench", "run", str(make_grid(tmp_path)), "--out", str(tmp_path / "out"), "--ray", ""]) == 4
+    assert "--ray needs Ray" in capsys.readouterr().err
+
+
 def test_gpus_are_of_ray(tmp_path, capsys):
     assert command(["bench", "run", str(make_grid(tmp_path)), "--out", str(tmp_path / "out"), "--gpus", "0.5"]) == 4
     assert "--gpus is what Ray gives" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import errno
 import random
@@ -30,9 +31,12 @@ FILES = {"repaired.safetensors", "changes.safetensors", "report.html", "record.j
 
 NO_STATISTICS = "BNP compares clean images with BatchNorm running statistics, and the network has none"
 NO_CHANNELS = "CLP bounds channels that a convolution or linear layer makes, and no channel here is one"
+NO_SCALES = "learns how far to scale channels down, and here a normalization undoes every such change"
 WITHOUT_MEANING = {
     **{("bnp", net): NO_STATISTICS for net in ("plain", "groupnorm", "vit", "convnext", "shared", "tied")},
     ("clp", "vit"): NO_CHANNELS,
+    ("rnp", "no-affine"): f"RNP {NO_SCALES}",
+    ("anp", "no-affine"): f"ANP {NO_SCALES}",
 }
 
 methods = pytest.mark.parametrize(
@@ -148,6 +152,31 @@ def test_a_network_that_changes_itself_is_not_called(clean, method):
     before = Snapshot(net)
     method.repair(net, clean, GIVEN)
     before.assert_same()
+
+
+@pytest.mark.parametrize("caller", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["rnp", "awm", "fmp", "anp", "clp", "bnp", "fine-pruning", "ft-sam", "fine-tuning"])
+@pytest.mark.usefixtures("no_checks")
+def test_a_network_with_more_than_weights_is_repaired_whatever_mode_the_caller_is_in(name, caller):
+    """It holds infinity where attention is masked, and whole numbers that are parameters but cannot be trained."""
+    fields = QUICK[name] | ({"p": 4} if name == "fmp" else {})
+    with caller():
+        net, clean = build("batchnorm"), make_clean()
+        net.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        net.order = nn.Parameter(torch.tensor([3, 2, 1, 0]), requires_grad=False)
+        net.register_forward_hook(lambda net, _, out: out[:, net.order] + 0 * net.mask.softmax(1).sum())
+        repair = make(DEFENSES[name], fields).repair(net, clean, GIVEN)
+    assert repair.record.values_changed > 0
+    assert not any("NaN or infinity" in text for text in repair.record.warnings)
+    assert torch.equal(repair.model.order, net.order)
+    assert torch.equal(repair.model.mask, net.mask)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_refused(clean):
+    net = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(192, CLASSES)))
+    with pytest.raises(ModelError, match="the network cannot be copied, because a weight of it is computed"):
+        make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]).repair(net, clean, GIVEN)
 
 
 @pytest.mark.parametrize("name", ["rnp", "fine-tuning", "auto"])
@@ -343,14 +372,23 @@ class Views(nn.Sequential):
         return self[1](self[0](images).view(len(images), -1))
 
 
+class ViewsWeights(nn.Conv2d):
+    """Views its weights in another shape, which they cannot be with the channels last."""
+
+    def forward(self, images):
+        scale = self.weight.view(len(self.weight), -1).norm(dim=1)
+        return super().forward(images) / scale[:, None, None]
+
+
 @pytest.mark.parametrize(
     ("net", "last"),
     [
         (build("batchnorm"), True),
         (build("groupnorm"), False),
         (Views(nn.Conv2d(3, 2, 3), nn.Linear(72, CLASSES)), False),
+        (nn.Sequential(ViewsWeights(3, 2, 3), nn.Flatten(), nn.Linear(72, CLASSES)), False),
     ],
-    ids=["batchnorm", "groupnorm", "views"],
+    ids=["batchnorm", "groupnorm", "views", "views weights"],
 )
 def test_a_network_is_repaired_with_the_channels_last_and_given_back_as_usual(clean, net, last):
     repair = Looks().repair(net, clean, GIVEN)

@@ -104,6 +104,85 @@ def test_tiny_numbers_are_zero_in_a_run_and_afterwards_what_they_were(before):
         torch.set_flush_denormal(outside)
 
 
+def test_tiny_numbers_are_told_in_any_default_type(float64):
+    outside = flushes()
+    torch.set_flush_denormal(True)
+    try:
+        assert flushes()
+    finally:
+        torch.set_flush_denormal(outside)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class TestWhateverTheCallerHasSet:
+    """Results are the same where gradients are off, and where tensors are made in double precision."""
+
+    @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+    def test_a_run_has_gradients(self, off):
+        with off():
+            with running_on(torch.device("cpu")):
+                weight = torch.ones(2, requires_grad=True)
+                assert (2 * weight).requires_grad
+                assert not weight.is_inference()
+            with pytest.raises(Killed), running_on(torch.device("cpu")):
+                raise Killed
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() == (off is torch.inference_mode)
+        assert torch.is_grad_enabled()
+
+    def test_a_run_makes_float32(self, float64):
+        with running_on(torch.device("cpu")):
+            assert torch.zeros(1).dtype == torch.float32
+        with pytest.raises(Killed), running_on(torch.device("cpu")):
+            raise Killed
+        assert torch.zeros(1).dtype == torch.float64
+
+    @pytest.mark.usefixtures("no_checks")
+    @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("name", ["i-bau", "nad", "neural-cleanse"])
+    def test_repairs_without_gradients(self, name, off):
+        net, clean, method = build("batchnorm"), make_clean(), make(DEFENSES[name], QUICK[name])
+        wanted = method.repair(net, clean, GIVEN).record
+        with off():
+            assert method.repair(net, make_clean(), GIVEN).record.repaired == wanted.repaired
+
+    @pytest.mark.usefixtures("no_checks")
+    @pytest.mark.parametrize("name", ["npd", "nft", "neural-cleanse"])
+    def test_repairs_in_float64(self, name, request):
+        net, clean, method = build("batchnorm"), make_clean(), make(DEFENSES[name], QUICK[name])
+        wanted = method.repair(net, clean, GIVEN).record
+        request.getfixturevalue("float64")
+        assert method.repair(net, clean, GIVEN).record.repaired == wanted.repaired
+
+    @pytest.mark.usefixtures("short_searches")
+    @pytest.mark.parametrize("name", SCANNERS)
+    def test_scans(self, name, request):
+        net, clean, scanner = build("batchnorm"), make_clean(), make(SCANNERS[name], SHORT[name])
+        wanted = scanner.scan(net, clean)
+        with torch.inference_mode():
+            assert scanner.scan(net, clean) == wanted
+        request.getfixturevalue("float64")
+        assert scanner.scan(net, clean) == wanted
+
+    def test_screenings(self, request):
+        net, clean = build("batchnorm"), make_clean()
+        detectors = [make(cls, SHORT.get(name, {})) for name, cls in DETECTORS.items()]
+        wanted = screen(net, clean, clean, detectors=detectors, diagnosis=GIVEN).scores
+        with torch.inference_mode():
+            scores = screen(net, clean, clean, detectors=detectors, diagnosis=GIVEN).scores
+        request.getfixturevalue("float64")
+        again = screen(net, clean, clean, detectors=detectors, diagnosis=GIVEN).scores
+        for name, each in wanted.items():
+            assert torch.equal(scores[name], each)
+            assert torch.equal(again[name], each)
+
+
 def test_the_command_line_has_tiny_numbers_zero_in_every_thread():
     code = """
 import torch

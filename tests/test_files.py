@@ -438,6 +438,16 @@ def test_values_that_are_not_finite_are_named(tmp_path, state, value):
         Checkpoint.read(saved(tmp_path / "a.pt", state)).into(TinyNet())
 
 
+def test_infinity_that_the_network_has_there_too_is_taken(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    file = saved(tmp_path / "a.pt", net.state_dict())
+    assert same(Checkpoint.read(file).into(copy.deepcopy(net)).state_dict(), net.state_dict())
+    net.mask.fill_(0)
+    with pytest.raises(ModelError, match=r"infinite values:\n    mask"):
+        Checkpoint.read(file).into(net)
+
+
 def test_value_too_large_for_the_network_is_named(tmp_path, state):
     state["fc.bias"] = torch.full((3,), 1e300, dtype=torch.float64)
     with pytest.raises(ModelError, match=r"infinite values:\n    fc\.bias"):

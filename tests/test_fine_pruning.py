@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, Returns, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
-from untrojan.defenses.fine_pruning import FinePruning
+from untrojan.defenses.fine_pruning import FinePruning, _activations
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Target
@@ -179,6 +179,24 @@ def test_the_last_layer_is_not_used(clean):
     unused.forward = unused.net.forward
     with pytest.raises(ModelError, match="nothing to prune: the last layer with weights, spare, is not used"):
         FinePruning(epochs=1).tune(unused, clean, clean, GIVEN, 0)
+
+
+@pytest.mark.parametrize("how", ["computed", "shared"])
+def test_the_last_layer_has_no_weight_of_its_own(how, clean):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES), nn.Linear(CLASSES, CLASSES), nn.Linear(CLASSES, CLASSES))
+    if how == "computed":
+        nn.utils.parametrizations.spectral_norm(net[3])
+    else:
+        net[3].weight = net[2].weight
+    with pytest.raises(ModelError, match="expected the last layer, 3, to have a weight of its own, not one that"):
+        tuned(FinePruning(epochs=1), net, clean)
+
+
+def test_features_are_read_also_where_the_last_layer_is_called_by_keyword(clean):
+    net = build("batchnorm")
+    by_keyword = Returns(lambda images: net[6][2](input=net[6][:2](net[:6](images))))
+    by_keyword.net = net
+    assert torch.equal(_activations(by_keyword, "net.6.2", clean), _activations(net, "6.2", clean))
 
 
 def test_pruning_and_tuning_weaken_the_backdoor():

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import fit
+from untrojan.fit import fit, size_with_enough_steps, size_without_single
 from untrojan.progress import Lines, reporting
 
 START = torch.linspace(-0.1, 0.1, 12).view(3, 4).sin() * 0.5
@@ -175,6 +175,43 @@ def test_a_last_step_that_leaves_the_numbers_is_seen():
     assert torch.equal(weight, START)
 
 
+@pytest.mark.parametrize("kind", [float("inf"), float("-inf"), float("nan")])
+def test_what_was_not_finite_at_the_start_is_no_divergence(kind):
+    constant, statistic = torch.full((2,), kind), torch.zeros(1)
+    done = run(buffers=[constant, statistic])[1]
+    assert (len(done.epochs), done.diverged_at) == (3, None)
+    with pytest.warns(UnreliableWarning, match="NaN or infinity at step 3"):
+        run(buffers=[constant, statistic], project=lambda: statistic.div_(0))
+
+
+def test_whole_numbers_are_left_alone():
+    weight, order = START.clone(), torch.tensor([3, 1, 0, 2])
+
+    def step(images, labels):
+        logits = (images @ weight)[:, order]
+        return functional.cross_entropy(logits, labels), logits
+
+    fit([weight, order], step, problem, partial(torch.optim.SGD, lr=0.1), 2, name="fit")
+    assert not torch.equal(weight, START)
+    assert (order.tolist(), order.requires_grad) == ([3, 1, 0, 2], False)
+
+
+@pytest.mark.parametrize("norm", [1e9, 0.05])
+def test_a_gradient_longer_than_clip_is_shortened_to_it(norm):
+    ((images, labels),) = problem(1)
+    gradient = images.T @ ((images @ START).softmax(1) - functional.one_hot(labels, 4)) / len(labels)
+    assert 0.05 < gradient.norm() < 1e9
+    gradient = gradient * min(1, norm / gradient.norm())
+    weight = START.clone()
+
+    def step(images, labels):
+        logits = images @ weight
+        return functional.cross_entropy(logits, labels), logits
+
+    fit([weight], step, partial(problem, 1), partial(torch.optim.SGD, lr=1.0), 1, name="fit", clip=norm)
+    assert torch.allclose(weight.detach(), START - gradient, atol=1e-6)
+
+
 def test_only_the_parameters_get_gradients():
     net = nn.Linear(3, 4)
     scale = torch.ones(4)
@@ -211,7 +248,7 @@ def test_batches_too_large_for_the_memory_go_through_in_halves(message):
         return step
 
     weight = START.clone()
-    with pytest.warns(UnreliableWarning, match="out of memory: batches of 5 images now go through in 4 pieces"):
+    with pytest.warns(UnreliableWarning, match="out of memory: batches of 5 images now go through in 5 pieces"):
         done = fit([weight], short_of_memory(weight), problem, partial(torch.optim.SGD, lr=0.1), 2, name="fit")
     expected, whole = run(optimizer=partial(torch.optim.SGD, lr=0.1), epochs=2)
     assert torch.allclose(weight, expected, atol=1e-6)
@@ -220,9 +257,53 @@ def test_batches_too_large_for_the_memory_go_through_in_halves(message):
     assert seen[:2] == [5, 3]
 
 
+@pytest.mark.parametrize(
+    ("images", "most", "pieces"),
+    [([5], 3, [3, 2]), ([13], 4, [3, 2, 2, 2, 2, 2]), ([9, 3], 3, [3] * 4), ([8, 4], 2, [2] * 6)],
+)
+def test_no_piece_of_a_batch_is_a_single_image(images, most, pieces):
+    """BatchNorm could not take it, nor is the last batch cut into more pieces than it needs."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    went = []
+
+    def step(few, labels):
+        if len(few) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        went.append(len(few))
+        logits = net(few)
+        return functional.cross_entropy(logits, labels), logits
+
+    data = [(torch.randn(count, 3), torch.arange(count) % 4) for count in images]
+    with pytest.warns(UnreliableWarning, match=f"out of memory: batches of {images[0]} images"):
+        fit(list(net.parameters()), step, lambda: data, partial(torch.optim.SGD, lr=0.1), 1, name="fit")
+    assert went == pieces
+
+
 def test_an_image_too_large_for_the_memory():
     def step(images, labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.warns(UnreliableWarning), pytest.raises(torch.OutOfMemoryError):
         fit([START.clone()], step, problem, partial(torch.optim.SGD, lr=0.1), 1, name="fit")
+
+
+@pytest.mark.parametrize("size", [16, 32, 100, 128])
+def test_batches_make_enough_steps_and_none_holds_a_single_image(size):
+    for count in range(2, 700):
+        chosen = size_with_enough_steps(count, size)
+        assert 8 <= chosen <= size
+        assert count % chosen != 1
+        if count > 3 * size:
+            assert -(-count // chosen) >= 4
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "chosen"),
+    [(97, 32, 31), (9, 8, 7), (57, 8, 6), (9, 128, 9), (5, 2, 3), (7, 3, 4), (400, 128, 128), (344, 128, 86)],
+)
+def test_batch_sizes(count, size, chosen):
+    assert size_with_enough_steps(count, size) == chosen
+
+
+def test_a_batch_of_a_single_image_makes_all_larger():
+    assert [size_without_single(count, 4) for count in (4, 5, 9, 10)] == [4, 5, 5, 4]

@@ -240,11 +240,35 @@ def test_ablation_is_fine_tuning():
 
 def test_narrow_networks_are_only_fine_tuned():
     net, clean = build("batchnorm"), make_clean()
-    with pytest.warns(UnreliableWarning, match="no layer has 64 feature maps: nothing is pruned, and this is plain"):
+    with pytest.warns(UnreliableWarning, match="no layer with a weight of its own has 64 feature maps: nothing is"):
         repair = FMP(epochs=2).repair(net, clean, GIVEN, seed=1)
     assert any("plain fine-tuning" in text for text in repair.record.warnings)
     plain = FMP(epochs=2, prune=False).repair(net, clean, GIVEN, seed=1)
     assert same(repair.model.state_dict(), plain.model.state_dict())
+
+
+def test_rankings_do_not_depend_on_the_callers_mode():
+    net, clean = wide(6), make_clean()
+    ranking = FMP(p=6).rank(net, clean, seed=0)["0"]
+    with torch.inference_mode():
+        assert same(FMP(p=6).rank(net, clean, seed=0)["0"]._asdict(), ranking._asdict())
+
+
+class ByKeyword(nn.Module):
+    """Normalizes by the batch also in evaluation, and calls its layers by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(192, 6), nn.BatchNorm1d(6, track_running_stats=False)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.head(input=self.norm(input=self.inner(input=images.flatten(1))).relu())
+
+
+def test_the_channel_of_a_normalization_by_the_batch_goes_too_also_where_layers_are_called_by_keyword(clean):
+    tuned = FMP(p=3, epochs=1).tune(ByKeyword(), clean, clean, GIVEN, seed=0)
+    assert (tuned.inner.weight == 0).all(1).sum() == (tuned.norm.weight == 0).sum() == 2
 
 
 def test_images_stay_in_the_ball_and_in_range():

@@ -1,12 +1,13 @@
+import contextlib
 import copy
 
 import pytest
 import torch
-from tiny import NETS, Snapshot, build, make_clean
+from tiny import NETS, Returns, Snapshot, build, make_clean
 from torch import nn
 
 from untrojan.errors import ConfigError, ModelError
-from untrojan.mask import HeldOut, Mask, budget, curve_point, norm_after, sweep
+from untrojan.mask import HeldOut, Mask, budget, curve_point, norm_after, products, require_effect, sweep
 from untrojan.model import correct, mode
 
 UNITS = ("neuron", "filter", "weight")
@@ -129,6 +130,24 @@ def test_units(name, neuron, weight):
         shapes = [parameters[each].shape if kind == "weight" else parameters[each].shape[:1] for each in names]
         assert [value.shape for value in mask.values.values()] == shapes
         assert mask.total == sum(shape.numel() for shape in shapes)
+
+
+@pytest.mark.parametrize("layer", ["0", "2", "4.2"])
+def test_a_weight_that_is_computed_is_no_unit_and_leaves_the_last_layer_the_last(layer):
+    net = build("plain")
+    nn.utils.parametrizations.spectral_norm(net.get_submodule(layer))
+    inner = [name for name in ("0", "2") if name != layer]
+    assert products(net) == [*inner, "4.2"]
+    for kind in UNITS:
+        assert list(Mask.ones(net, kind).values) == [f"{name}.weight" for name in inner]
+
+
+@unit
+def test_places_of_a_map_are_no_units(unit):
+    conv, head = nn.Conv2d(3, 5, 3, padding=1), (nn.Flatten(), nn.Linear(320, 4))
+    assert list(Mask.ones(nn.Sequential(conv, nn.LayerNorm((8, 8)), *head), unit).values) == ["0.weight"]
+    channels = Mask.ones(nn.Sequential(conv, nn.LayerNorm((5, 8, 8)), *head), unit).values
+    assert {name: len(value) for name, value in channels.items()} == {"0.weight" if unit == "weight" else "1.weight": 5}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -275,3 +294,47 @@ def test_normalization_is_found_in_inference_mode_too():
 def test_normalization_is_found_by_what_runs():
     pairs = {name: norm_after(build(name), batch()) for name in ("batchnorm", "plain", "groupnorm", "convnext")}
     assert pairs == {"batchnorm": {"0": "1", "3": "4"}, "plain": {}, "groupnorm": {"0": "1"}, "convnext": {"1": "2"}}
+
+
+def test_normalization_is_found_where_layers_are_called_by_keyword():
+    net = build("batchnorm")
+    by_keyword = Returns(lambda images: net[2:](net[1](input=net[0](input=images))))
+    by_keyword.net = net
+    assert norm_after(by_keyword, batch()) == {"net.0": "net.1", "net.3": "net.4"}
+
+
+def test_normalization_is_found_behind_weights_that_are_computed_or_shared():
+    net = nn.Sequential(*build("batchnorm")[:5], nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+    net[5].weight = net[3].weight
+    nn.utils.parametrizations.spectral_norm(net[0])
+    assert norm_after(net, batch()) == {"0": "1", "3": "4", "5": "6"}
+
+
+def images_and(*layers):
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *layers, nn.Flatten(), nn.Linear(384, 4))
+
+
+@pytest.mark.parametrize(
+    ("net", "refused"),
+    [
+        (images_and(nn.BatchNorm2d(6, affine=False)), True),
+        (images_and(nn.BatchNorm2d(6, affine=False, track_running_stats=False)), True),
+        (images_and(nn.InstanceNorm2d(6)), True),
+        (images_and(nn.LayerNorm((8, 8))), True),
+        (images_and(nn.LayerNorm((6, 8, 8), elementwise_affine=False)), False),
+        (images_and(nn.GroupNorm(2, 6, affine=False)), False),
+        (images_and(nn.BatchNorm2d(6, affine=False), nn.Conv2d(6, 6, 1)), False),
+        (images_and(), False),
+        (images_and(nn.BatchNorm2d(6)), False),
+    ],
+)
+def test_networks_whose_normalization_undoes_every_scale(net, refused):
+    """In training mode, a quarter of a neuron's scale then changes nothing but by rounding."""
+    before = Snapshot(net)
+    with pytest.raises(ModelError, match="ANY learns how far to scale") if refused else contextlib.nullcontext():
+        require_effect(net, batch()[:2], "ANY")
+    before.assert_same()
+    quarter = Mask.ones(net, "neuron")
+    for value in quarter.values.values():
+        value[0] = 0.25
+    assert torch.allclose(outputs(quarter.call, net, batch()), outputs(net, batch()), atol=0.02) == refused

@@ -13,11 +13,13 @@ from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarnin
 from untrojan.model import (
     Normalize,
     check,
+    copied,
     correct,
     logits,
     mode,
     require,
     seeded,
+    tapped,
     warn_of_chance,
 )
 
@@ -32,6 +34,12 @@ def with_weight(value):
     net = build("batchnorm")
     with torch.no_grad():
         net[0].weight[0, 0, 0, 0] = value
+    return net
+
+
+def with_buffer(name, value):
+    net = build("batchnorm")
+    net.register_buffer(name, torch.tensor([0.0, value]))
     return net
 
 
@@ -50,6 +58,18 @@ def test_every_tiny_net_passes_and_stays_as_it_was(net, clean):
 BAD = {
     "NaN weight": (lambda: with_weight(float("nan")), make_clean(), ModelError, r"NaN or infinity: 0\.weight$"),
     "infinite weight": (lambda: with_weight(float("inf")), make_clean(), ModelError, r"NaN or infinity: 0\.weight$"),
+    "NaN constant": (
+        lambda: with_buffer("mask", float("nan")),
+        make_clean(),
+        ModelError,
+        "NaN or infinity: mask$",
+    ),
+    "infinite statistic": (
+        lambda: with_buffer("running_var", float("inf")),
+        make_clean(),
+        ModelError,
+        "NaN or infinity: running_var$",
+    ),
     "size": (
         linear,
         make_clean(shape=(3, 9, 9)),
@@ -104,6 +124,13 @@ def test_problems(name):
     assert before.shape == before._shape()
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_constant_may_be_infinite(persistent):
+    net = build("batchnorm")
+    net.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent)
+    assert check(net, make_clean()) == []
+
+
 def test_all_problems_at_once():
     problems = check(with_weight(float("nan")), relabelled(make_clean(1), lambda labels: labels.fill_(9)))
     assert [problem.error for problem in problems] == [ModelError, DataError, DataError]
@@ -144,6 +171,29 @@ def test_logits_that_are_not_finite(clean):
         logits(Returns(lambda x: x.flatten(1)[:, :4] / 0), clean)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_layers_are_read_also_where_they_are_called_by_keyword(side):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
+    images = make_clean().floats()
+    by_keyword = Returns(lambda images: net[1](input=net[0](images)))
+    by_keyword.net = net
+    with tapped(by_keyword, ["net.1"], side) as seen:
+        out = by_keyword(images)
+    assert torch.equal(seen["net.1"][0], images.flatten(1) if side == "input" else out)
+    assert not net[1]._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_told():
+    with pytest.raises(ModelError, match=r"parametrizations\.weight_norm, or call torch\.nn\.utils\.remove_weight"):
+        copied(nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(192, CLASSES))))
+    net = build("batchnorm")
+    assert copied(net) is not net
+    net.__deepcopy__ = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        copied(net)
+
+
 def test_as_many_channels_as_means():
     gray = torch.rand(2, 1, 4, 4)
     with pytest.raises(ModelError, match="expected images of 3 channels, as many as means, got 1"):
@@ -157,9 +207,10 @@ def test_normalize():
     expected = torch.stack([(images[:, 0] - 0.1) / 0.5, images[:, 1] - 0.2, (images[:, 2] - 0.3) / 2], 1)
     assert torch.allclose(net(images), expected)
     assert list(net.state_dict()) == list(net.parameters()) == []
-    for mean, std in [((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((0.5,), (-1.0,)), ((0.5,), (float("nan"),))]:
-        with pytest.raises(ModelError, match="expected as many deviations above 0 as means"):
-            Normalize(mean, std)
+    nan, inf = float("nan"), float("inf")
+    for mean, std in [(0.5, (0.5, 0.5)), (0.5, (0.0,)), (0.5, (-1.0,)), (0.5, (nan,)), (0.5, (inf,)), (nan, (0.5,))]:
+        with pytest.raises(ModelError, match="expected as many finite deviations above 0 as finite means"):
+            Normalize((mean,), std)
 
 
 def draws():

@@ -189,7 +189,65 @@ def test_images_through_the_network(clean, augment, teacher):
     net, counter = build("batchnorm"), Counter()
     net.register_forward_hook(counter)
     tune(NAD(augment=augment, teacher_epochs=2, epochs=3), net, clean)
-    assert counter.images == (2 + 3 + teacher) * len(clean) + 1
+    assert counter.images == (2 + 3 + teacher) * len(clean) + 2
+
+
+class Changes(nn.Module):
+    """Changes what its layers give, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.body = nn.Conv2d(3, 3, 3, padding=1)
+        self.act = nn.ReLU(in_place)
+        self.late = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(192, CLASSES)
+        self.in_place = in_place
+
+    def forward(self, images):
+        images = self.act(self.body(images))
+        out = self.late(images)
+        if self.in_place:
+            out += images
+        else:
+            out = out + images
+        return self.head(out.flatten(1))
+
+
+def test_attention_is_read_before_anything_changes_it_in_place(clean):
+    torch.manual_seed(5)
+    net, same = Changes(False), Changes(True)
+    same.load_state_dict(net.state_dict())
+    method = NAD(teacher_epochs=2, epochs=2)
+    one, other = (tune(method, each, clean).state_dict() for each in (net, same))
+    assert close(one, other, atol=1e-6)
+    assert not close(one, net.state_dict(), atol=1e-3)
+
+
+class Skips(nn.Module):
+    """Skips layers at random in training."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(192, CLASSES)
+        self.share = share
+
+    def forward(self, images):
+        for layer in self.layers:
+            if not self.training or torch.rand(()) >= self.share:
+                images = images + layer(images).relu()
+        return self.head(images.flatten(1))
+
+
+@pytest.mark.parametrize(("share", "attended"), [(0.5, True), (1.0, False)])
+def test_a_layer_counts_in_the_batches_that_it_is_not_skipped_in(share, attended, clean):
+    torch.manual_seed(5)
+    net = Skips(share)
+    with_maps, without = (
+        tune(NAD(teacher_epochs=1, epochs=3, batch_size=8, **betas), net, clean).state_dict()
+        for betas in ({}, {"beta1": 0, "beta2": 0, "beta3": 0})
+    )
+    assert close(with_maps, without, atol=0) != attended
 
 
 def test_networks_without_maps():

@@ -126,6 +126,37 @@ def test_unused_layers_are_passed_over(clean):
     assert NPD(epochs=1, warmup_epochs=0).repair(Aside(), clean, GIVEN).record.values_changed > 0
 
 
+class InTurn(nn.Module):
+    """Has the layer that gives the logits at a place of its own among the others."""
+
+    def __init__(self, names):
+        super().__init__()
+        layers = {"body": nn.Conv2d(3, 7, 3), "late": nn.Conv2d(7, 7, 3), "head": nn.Linear(7, CLASSES)}
+        for name in names:
+            setattr(self, name, layers[name])
+
+    def forward(self, images):
+        return self.head(self.late(self.body(images).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("names", [("head", "body", "late"), ("body", "head", "late"), ("late", "body", "head")])
+def test_the_last_layer_is_that_of_the_calls_wherever_it_was_made(names, clean):
+    assert NPD()._layer(InTurn(names), clean) == "late"
+
+
+def test_coarse_weights_have_a_fine_polarizer(clean):
+    """Steps of less than 0.004 are lost on a number near 1 of bfloat16; here they add up."""
+    net, method = train(build("plain"), clean, epochs=5), NPD(warmup_epochs=0, epochs=20, lr=3e-4, weight_decay=0.5)
+    coarse = copy.deepcopy(net).bfloat16()
+    coarse.register_forward_pre_hook(lambda _, inputs: inputs[0].bfloat16())
+    coarse.register_forward_hook(lambda _, __, out: out.float())
+    tuned, wanted = (
+        method.tune(copy.deepcopy(each), clean, clean, GIVEN, 0).get_parameter("2.weight") for each in (coarse, net)
+    )
+    assert tuned.dtype == torch.bfloat16
+    assert (tuned - wanted).norm() < 0.1 * (wanted - net[2].weight).norm()
+
+
 def inserted(net, weight, polarizer):
     """The network with the polarizer really in front of every layer that uses the weight."""
 
@@ -247,14 +278,14 @@ def test_logs_of_other_classes():
 
 
 def test_passes_equal_the_count(clean):
-    """One image finds the layer; 1 pass in the warm-up, then the clean image and one pass after each step."""
+    """Two images find the layer; 1 pass in the warm-up, then the clean image and one pass after each step."""
     net = train(build("batchnorm"), clean)
     data = known(net, clean)
     for iterations in (1, 2, 3):
         passes = Passes(net)
         method = NPD(epochs=3, warmup_epochs=2, iterations=iterations, radius=1e-6, lr=1e-9, batch_size=8)
         method.tune(copy.deepcopy(net), data, data, GIVEN, 0)
-        assert passes.images == 1 + 2 * 32 + 3 * 32 * (1 + iterations)
+        assert passes.images == 2 + 2 * 32 + 3 * 32 * (1 + iterations)
 
 
 def test_the_polarizer_holds_the_trigger_back():

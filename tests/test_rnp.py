@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, Snapshot, backdoored, build, make_clean, train
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -99,8 +99,12 @@ def test_recovery_leaves_the_unlearned_copy():
     assert not scores.equal(Mask.ones(net, "neuron"))
 
 
-def test_recovery_written_out(clean):
-    """Descent on the cross-entropy over the scales of BatchNorm in training mode, clipped to [0, 1] after each step."""
+@pytest.mark.parametrize(("lr", "alpha"), [(0.5, 1), (2.5, 0.2)])
+def test_recovery_written_out(lr, alpha, clean):
+    """Descent on the cross-entropy over the scales of BatchNorm in training mode, clipped to [0, 1] after each step.
+
+    A factor alpha of the loss, as in the released code, is one of the learning rate.
+    """
     method = rnp(recover_lr=0.5, recover_epochs=6, batch_size=8)
     unlearned, _ = method.unlearn(train(build("batchnorm"), clean, epochs=5), clean, seed=0, view="plain")
     slow = copy.deepcopy(unlearned).train()
@@ -112,10 +116,10 @@ def test_recovery_written_out(clean):
     for _ in range(6):
         for images, labels in method.batches(clean, generator, "crop-flip"):
             slow.zero_grad()
-            nn.functional.cross_entropy(slow(images), labels).backward()
+            (alpha * nn.functional.cross_entropy(slow(images), labels)).backward()
             for i, norm in enumerate(norms):
                 speeds[i] = 0.9 * speeds[i] + norm.weight.grad * scales[i]
-                masks[i] = (masks[i] - 0.5 * speeds[i]).clamp(0, 1)
+                masks[i] = (masks[i] - lr * speeds[i]).clamp(0, 1)
                 seen[i].append(masks[i])
                 norm.weight.data = scales[i] * masks[i]
     expected = [
@@ -265,6 +269,16 @@ def test_no_backdoor_changes_nothing():
     assert not any("changed nothing" in text for text in repair.record.warnings)
     assert same(repair.model.state_dict(), net.state_dict())
     assert repair.record.before == repair.record.after
+
+
+def test_scores_do_not_depend_on_the_callers_mode_and_leave_the_random_state():
+    net, clean = build("dropout"), make_clean()
+    method = rnp(unlearn_epochs=1, recover_epochs=1)
+    before = Snapshot(net)
+    scores = method.score(net, clean, seed=3)
+    before.assert_same()
+    with torch.inference_mode():
+        assert method.score(net, clean, seed=3).equal(scores)
 
 
 def test_nothing_to_mask():

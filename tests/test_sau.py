@@ -17,6 +17,7 @@ from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
+VARIANTS = ["fixed", "released"]
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
 
@@ -58,6 +59,9 @@ def divergence(one, other):
 
 def searched(model, frozen, image, label, method):
     """The search for one image, step by step."""
+    ours_before, theirs_before = label, label
+    if method.variant == "released":
+        ours_before, theirs_before = model(image).argmax(1), frozen(image).argmax(1)
     shift = torch.full_like(image, method.radius)
     if method.variant == "fixed":
         shift = (image + shift).clamp(0, 1) - image
@@ -65,11 +69,11 @@ def searched(model, frozen, image, label, method):
         shift = shift.detach().requires_grad_()
         ours, theirs = model(image + shift), frozen(image + shift)
         loss = torch.zeros(())
-        if ours.argmax() == label:
+        if ours.argmax() == ours_before:
             loss = loss - method.beta_1 * cross_entropy(ours, label) / 2
-        if theirs.argmax() == label:
+        if theirs.argmax() == theirs_before:
             loss = loss - method.beta_1 * cross_entropy(theirs, label) / 2
-        if ours.argmax() == label or ours.argmax() != theirs.argmax():
+        if ours.argmax() == ours_before or theirs.argmax() == theirs_before or ours.argmax() != theirs.argmax():
             loss = loss + method.beta_2 * divergence(ours, theirs).squeeze()
         else:
             break
@@ -80,12 +84,13 @@ def searched(model, frozen, image, label, method):
     return (image + shift).detach()
 
 
-@pytest.mark.parametrize("variant", ["fixed", "released"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "fields", [{}, {"radius": 0.3, "step_size": 0.1, "iterations": 4}, {"beta_1": 1.0, "beta_2": 0.1}], ids=str
 )
 def test_search_against_one_image_at_a_time(variant, fields):
     model, frozen, images, labels = pair()
+    labels = torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % CLASSES, labels)  # not known to either
     method = SAU(variant=variant, **fields)
     found = method._adversarial(model, frozen, images, labels)
     pairs = zip(images.split(1), labels.split(1), strict=True)
@@ -128,15 +133,39 @@ def test_jensen_shannon():
     assert torch.isfinite(torch.autograd.grad(most, far)[0]).all()
 
 
-def test_shared_loss_is_the_published_one():
-    out, theirs, labels = torch.randn(30, 5, dtype=torch.float64), torch.arange(30) % 5, torch.arange(30) % 3
-    total = 0.0
+@pytest.mark.parametrize("sure", [math.inf, 0.999])
+def test_shared_loss_is_the_published_one(sure):
+    out, theirs, labels = 4 * torch.randn(30, 5, dtype=torch.float64), torch.arange(30) % 5, torch.arange(30) % 3
+    total, most = 0.0, 0.0
     for row, their, label in zip(out.softmax(1).tolist(), theirs.tolist(), labels.tolist(), strict=True):
         if their != label:
             others = sum(value for place, value in enumerate(row) if place != their)
-            total += math.log(1e-6 + others) + math.log(1 + 1e-6 - row[their])
-    assert float(_shared_loss(out, theirs, labels)) == pytest.approx(-total / 60)
-    assert float(_shared_loss(out, labels, labels)) == 0
+            most = max(most, others)
+            total += math.log(1e-6 + min(others, sure)) + math.log(1 + 1e-6 - max(row[their], 1 - sure))
+    assert most > 0.999
+    assert float(_shared_loss(out, theirs, theirs != labels, sure)) == pytest.approx(-total / 60)
+    assert float(_shared_loss(out, theirs, theirs != theirs, sure)) == 0
+
+
+def test_released_counts_images_that_the_search_turned(clean):
+    """Labels that are all wrong: the frozen copy is not fooled where it says what it said before."""
+    net = train(build("batchnorm"), clean)
+    with torch.no_grad():
+        wrong = CleanSet(clean.images, (net(clean.floats()).argmax(1) + 1) % CLASSES)
+    still = {"radius": 1e-6, "step_size": 1e-6, "lambda_1": 0, "epochs": 1}
+    fixed, released = (
+        SAU(variant=variant, **still).tune(copy.deepcopy(net), wrong, wrong, GIVEN, 0) for variant in VARIANTS
+    )
+    assert not same(fixed.state_dict(), net.state_dict())
+    assert same(released.state_dict(), net.state_dict())
+
+
+def test_released_lets_go_of_what_the_model_disagrees_with_for_good():
+    out = torch.tensor([[9.0, 0, 0], [2.0, 0, 0]], requires_grad=True)
+    theirs, fooled = torch.tensor([1, 1]), torch.tensor([True, True])
+    for sure, pulls in ((math.inf, [True, True]), (0.999, [False, True])):
+        (slope,) = torch.autograd.grad(_shared_loss(out, theirs, fooled, sure), out)
+        assert (slope != 0).any(1).tolist() == pulls
 
 
 @pytest.mark.parametrize("lambdas", [(1.0, 0.0, 1.0), (0.5, 0.3, 2.0)])
@@ -153,7 +182,7 @@ def test_training_written_out(clean, lambdas):
             theirs = frozen(adversarial).argmax(1)
             loss = lambdas[0] * cross_entropy(slow(images), labels)
             loss = loss + lambdas[1] * cross_entropy(slow(adversarial), labels)
-            loss = loss + lambdas[2] * _shared_loss(slow(adversarial), theirs, labels)
+            loss = loss + lambdas[2] * _shared_loss(slow(adversarial), theirs, theirs != labels, math.inf)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -166,13 +195,18 @@ def test_training_written_out(clean, lambdas):
 
 
 def test_passes_equal_the_count(clean):
-    """Nothing is fooled within a tiny radius: 5 steps through both networks, the label, and training on both."""
+    """Nothing is fooled within a tiny radius: 5 steps through both networks, the label, and training on both.
+
+    The released search asks both networks before, and the loss the frozen one.
+    """
     net = train(build("batchnorm"), clean)
     with torch.no_grad():
         known = CleanSet(clean.images, net(clean.floats()).argmax(1))
-    passes = Passes(net)
-    SAU(epochs=3, radius=1e-6, step_size=1e-6, lr=1e-9).tune(copy.deepcopy(net), known, known, GIVEN, 0)
-    assert passes.images == 3 * 32 * (5 * 2 + 1 + 2)
+    for variant, before in zip(VARIANTS, (0, 3), strict=True):
+        passes = Passes(net)
+        method = SAU(variant=variant, epochs=3, radius=1e-6, step_size=1e-6, lr=1e-9)
+        method.tune(copy.deepcopy(net), known, known, GIVEN, 0)
+        assert passes.images == 3 * 32 * (5 * 2 + 1 + 2 + before)
 
 
 def test_what_was_shared_is_unlearned(clean):

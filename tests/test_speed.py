@@ -74,6 +74,35 @@ def test_gradients_are_the_same_however_a_network_is_laid_out(net):
         assert torch.allclose(*slopes, rtol=1e-3, atol=1e-4)
 
 
+class ViewsWeights(nn.Conv2d):
+    """Standardizes its weights, which it views in another shape: it cannot where these have the channels last."""
+
+    def forward(self, images):
+        rows = self.weight.view(len(self.weight), -1)
+        weights = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+        return nn.functional.conv2d(images, weights.view_as(self.weight), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("conv", "layout"),
+    [
+        (nn.Conv2d, torch.channels_last),
+        (ViewsWeights, torch.contiguous_format),
+        (lambda *sizes: nn.utils.spectral_norm(nn.Conv2d(*sizes)), torch.contiguous_format),
+    ],
+    ids=["convolution", "views its weights", "computes its weights"],
+)
+def test_weights_are_laid_out_only_where_the_network_can_run_so(conv, layout):
+    net = nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+    net[3].requires_grad_(False)
+    net.order = nn.Parameter(torch.tensor([1, 0]), requires_grad=False)
+    before = Snapshot(net)
+    quick = faster(net, make_clean(), rounding=False)
+    assert quick is not net
+    assert layout_of(quick) == layout
+    before.assert_same()
+
+
 @pytest.mark.usefixtures("float32")
 def test_networks_with_group_norm_keep_their_layout():
     net, clean, seen = build("groupnorm"), make_clean(), []

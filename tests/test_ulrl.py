@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import CLASSES, UNLIKE, backdoored, build, make_clean, train
+from tiny import CLASSES, UNLIKE, Returns, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
@@ -15,7 +15,7 @@ from untrojan.defenses.ulrl import ULRL
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target, UnlearningRun
 from untrojan.registry import make
-from untrojan.scanners.unlearning import Unlearned, UnlearningScanner
+from untrojan.scanners.unlearning import Unlearned, Unlearning, UnlearningScanner
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -37,7 +37,7 @@ def moves(monkeypatch):
     """Let unlearning move the rows of the last layer by given amounts, and that of the others by a lot."""
 
     def set_(amounts):
-        def unlearn(self, model, clean, seed, view, detail=""):
+        def unlearn(self, model, clean, seed, view, **_):
             moved = copy.deepcopy(model)
             with torch.no_grad():
                 for value in moved.parameters():
@@ -70,12 +70,35 @@ def amounts(**others):
         (amounts(), [], []),
         ([0.0] * 9 + [1.0], [9], [9]),
         ([0.0] * 10, [], []),
+        ([0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 8.0], [6], [4, 6]),  # no deviation: that of the mean stands in, or none
+        ([1.0, 1.1, 1.2, 1.3, 1.8, 2.5], [5], [4, 5]),  # by the lower medians, 1.2 and 0.1
+        ([1.0, 9.0], [], [1]),
     ],
 )
 def test_rows_that_move_too_far(moves, moved, fixed, released):
     moves(moved)
-    assert ULRL().suspicious(linear(), images_of(), 0) == fixed
-    assert ULRL(variant="released").suspicious(linear(), images_of(), 0) == released
+    net, clean = linear(len(moved)), images_of(len(moved))
+    assert ULRL().suspicious(net, clean, 0) == fixed
+    assert ULRL(variant="released").suspicious(net, clean, 0) == released
+
+
+def test_released_clips_the_gradient_of_unlearning(monkeypatch):
+    """One step of SGD at a learning rate of 1 is as long as the gradient."""
+    net = nn.Sequential(Returns(lambda images: 100 * images.flatten(1)), nn.Linear(192, 4))
+    steps = []
+
+    def spy(self, model, *arguments, **fields):
+        done = Unlearning.unlearn(self, model, *arguments, **fields)
+        after, before = (nn.utils.parameters_to_vector(each.parameters()).detach() for each in (done.model, model))
+        steps.append(float((after - before).norm()))
+        return done
+
+    monkeypatch.setattr(ULRL, "unlearn", spy)
+    for variant in ("fixed", "released"):
+        method = ULRL(variant=variant, unlearn_epochs=1, unlearn_lr=1, unlearn_weight_decay=0)
+        method.suspicious(net, make_clean(8), 0)
+    assert steps[0] > 100
+    assert steps[1] == pytest.approx(20, rel=1e-3)
 
 
 def test_the_threshold_is_the_modified_z(moves):
@@ -116,7 +139,7 @@ def test_only_suspicious_rows_are_drawn_anew(net):
     heads = {"linear": nn.Linear(6, 5), "convolution": nn.Conv2d(3, 5, 4), "no bias": nn.Linear(6, 5, bias=False)}
     model = nn.Sequential(heads[net])
     before = copy.deepcopy(model.state_dict())
-    ULRL()._reset(model, "0", [1, 4], torch.Generator().manual_seed(0))
+    ULRL()._reset(model[0], [1, 4], torch.Generator().manual_seed(0))
     weight = model[0].weight.detach()
     limit = math.sqrt(2 / weight[0].numel())
     assert torch.equal(weight[[0, 2, 3]], before["0.weight"][[0, 2, 3]])
@@ -131,21 +154,22 @@ def test_only_suspicious_rows_are_drawn_anew(net):
 def test_rows_keep_their_type(dtype):
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
     before = model[0].weight.detach().clone()
-    ULRL()._reset(model, "0", [1, 4], torch.Generator().manual_seed(0))
+    ULRL()._reset(model[0], [1, 4], torch.Generator().manual_seed(0))
     assert model[0].weight.dtype == dtype
     assert (model[0].weight != before).any(1).tolist() == [False, True, False, False, True]
 
 
+@pytest.mark.parametrize(("variant", "decay"), [("fixed", 5e-4), ("released", 0)])
 @pytest.mark.parametrize("augment", ["none", "crop-flip"])
-def test_relearning_written_out(moves, augment):
+def test_relearning_written_out(moves, augment, variant, decay):
     moves(amounts(row2=5.0, row5=9.0))
     net, clean = linear(), images_of()
-    method = ULRL(epochs=3, lr=0.05, batch_size=10, augment=augment)
+    method = ULRL(variant=variant, epochs=3, lr=0.05, batch_size=10, augment=augment)
     tuned = method.tune(copy.deepcopy(net), clean, clean, GIVEN, 6)
 
     slow, generator = copy.deepcopy(net).train(), torch.Generator().manual_seed(6)
-    method._reset(slow, "3", [2, 5], generator)
-    optimizer = torch.optim.SGD(slow.parameters(), momentum=0.9, weight_decay=5e-4)
+    method._reset(slow[3], [2, 5], generator)
+    optimizer = torch.optim.SGD(slow.parameters(), momentum=0.9, weight_decay=decay)
     for epoch in range(3):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 3)) / 2
         for images, labels in method.batches(clean, generator):
@@ -175,7 +199,7 @@ def test_without_a_suspicious_row_it_is_fine_tuning(moves):
     moves(amounts())
     net, clean = linear(), images_of()
     method = ULRL(epochs=2)
-    with pytest.warns(UnreliableWarning, match=r"no row of 3 moved more than 3\.5 robust deviations; nothing is reset"):
+    with pytest.warns(UnreliableWarning, match=r"no row of the last layer moved more than 3\.5 deviations; nothing"):
         tuned = method.tune(copy.deepcopy(net), clean, clean, GIVEN, 0)
     plain, generator = copy.deepcopy(net).train(), torch.Generator().manual_seed(0)
     sgd_cosine(plain, lambda: method.batches(clean, generator), lr=0.005, epochs=2, weight_decay=5e-4)

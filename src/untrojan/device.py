@@ -4,7 +4,8 @@ Methods do not speak of devices. While one runs, :func:`running_on` has torch ma
 are there (:meth:`untrojan.CleanSet.to`), and so are the generators of :func:`new_generator`.
 
 On a CPU numbers below 1e-38 take many times as long as others, and the gradients of a network that is sure of what it
-sees are full of them. They count as zero in a run.
+sees are full of them. They count as zero in a run. Whatever the caller has set, a run has gradients, and its tensors
+are float32.
 """
 
 import contextlib
@@ -57,7 +58,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def running_on(device: torch.device) -> Iterator[None]:
-    """Make tensors on a device for the block, where nothing else is said, and let numbers below 1e-38 be zero.
+    """Make tensors on a device for the block, float32 where nothing else is said, and let numbers below 1e-38 be zero.
+
+    Gradients are on, also inside `torch.no_grad` and `torch.inference_mode`.
 
     Threads of torch that are there already go on as they did. A process that calls `torch.set_flush_denormal(True)`
     before any other work, as the command line does, has it in all of them.
@@ -67,18 +70,21 @@ def running_on(device: torch.device) -> Iterator[None]:
         ...     torch.zeros(2).device
         device(type='meta')
     """
-    before = flushes()
+    before, dtype = flushes(), torch.get_default_dtype()
     torch.set_flush_denormal(True)
+    torch.set_default_dtype(torch.float32)
     try:
-        with contextlib.nullcontext() if device == torch.get_default_device() else device:
+        there = contextlib.nullcontext() if device == torch.get_default_device() else device
+        with there, torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_flush_denormal(before)
+        torch.set_default_dtype(dtype)
 
 
 def flushes() -> bool:
     """Tell whether numbers below 1e-38 are zero in this thread."""
-    return not torch.full((), 2e-38, device="cpu").mul(0.1)
+    return not torch.full((), 2e-38, dtype=torch.float32, device="cpu").mul(0.1)
 
 
 def new_generator(seed: int) -> torch.Generator:

@@ -52,6 +52,16 @@ def _nothing_to_show(_: Standing) -> str:
     return ""
 
 
+def learnable(tensor: Tensor) -> bool:
+    """Tell whether gradients can change a tensor; one of whole numbers stays as it is.
+
+    Example:
+        >>> learnable(torch.zeros(2)), learnable(torch.tensor([1, 0]))
+        (True, False)
+    """
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def fit(
     parameters: Sequence[Tensor],
     step: Step,
@@ -72,12 +82,13 @@ def fit(
 ) -> Fit:
     """Minimize a loss over tensors, in place.
 
-    When the loss or a tensor is NaN or infinite the fit ends there, everything goes back to where the epoch began, and
-    a warning says at which step. Where the memory does not suffice for a batch, this and all later batches go through
-    in halves, with gradients added up; normalization by batch statistics then sees the halves.
+    When the loss is NaN or infinite, or a tensor that was finite becomes so, the fit ends there, everything goes back
+    to where the epoch began, and a warning says at which step. Where the memory does not suffice for a batch, this and
+    all later batches go through in halves, with gradients added up; normalization by batch statistics then sees the
+    halves.
 
     Args:
-        parameters: The leaf tensors to change; only they get gradients.
+        parameters: The leaf tensors to change, but those that are not :func:`learnable`; only they get gradients.
         step: From a batch of images `(b, C, H, W)` and labels `(b,)` to the mean loss and the logits `(b, K)`.
         batches: Called once per epoch for its batches.
         optimizer: Makes the optimizer over `parameters`.
@@ -109,8 +120,10 @@ def fit(
         >>> [round(epoch.loss, 2) for epoch in done.epochs]
         [0.69, 0.13, 0.08]
     """
+    parameters = [each for each in parameters if learnable(each)]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    finite = [each for each in (*parameters, *buffers) if each.isfinite().all()]
     updates = optimizer(parameters)
     rate = _Rate(schedule, updates, schedule_steps)
     history: list[Epoch] = []
@@ -140,7 +153,7 @@ def fit(
                 tally.add(loss, logits, labels)
             else:
                 loss = 0.0
-            if not (math.isfinite(loss) and all(each.isfinite().all() for each in (*parameters, *buffers))):
+            if not (math.isfinite(loss) and all(each.isfinite().all() for each in finite)):
                 _put_back((*parameters, *buffers), start)
                 text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)
@@ -158,7 +171,7 @@ def size_without_single(count: int, size: int) -> int:
 
     Args:
         count: Number of images.
-        size: Images per batch that are wanted, at least 1.
+        size: Images per batch that are wanted, at least 2.
 
     Example:
         >>> size_without_single(9, 4), size_without_single(10, 4)
@@ -170,18 +183,20 @@ def size_without_single(count: int, size: int) -> int:
 def size_with_enough_steps(count: int, size: int) -> int:
     """Give the batch size, `size` at most, that makes at least four steps of `count` images and no single image.
 
-    Batches hold at least eight images where there are so many, so few images can mean fewer steps.
+    Batches hold at least eight images where there are so many, so few images can mean fewer steps. Where no size up to
+    `size` will do, as with an odd number of images and a `size` of 2, they are larger.
 
     Args:
         count: Number of images.
-        size: Images per batch that are wanted, at least 1.
+        size: Images per batch that are wanted, at least 2.
 
     Example:
         >>> size_with_enough_steps(500, 128), size_with_enough_steps(100, 128), size_with_enough_steps(10, 128)
         (128, 25, 8)
     """
-    enough = count > 3 * size
-    return size_without_single(count, size if enough else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4))))
+    wanted = size if count > 3 * size else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4)))
+    allowed = (*range(wanted, size + 1), *range(wanted - 1, 1, -1))
+    return next((each for each in allowed if count % each != 1), size_without_single(count, size))
 
 
 class _Rate:
@@ -215,24 +230,31 @@ class _Gradient:
     def __init__(self, parameters: Sequence[Tensor], step: Step) -> None:
         self.parameters = list(parameters)
         self.step = step
-        self.pieces = 1
+        self.most = math.inf
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
         while True:
+            pieces = self._pieces_of(len(images))
+            largest = math.ceil(len(images) / pieces)
             try:
-                return self._in_pieces(images, labels)
+                return self._in_pieces(images, labels, pieces)
             except RuntimeError as error:
-                if not _out_of_memory(error) or self.pieces >= len(images):
+                if not _out_of_memory(error) or largest == 1:
                     raise
-            self.pieces *= 2
+            self.most = largest // 2
             for parameter in self.parameters:
                 parameter.grad = None
-            text = f"out of memory: batches of {len(images)} images now go through in {self.pieces} pieces"
+            pieces = self._pieces_of(len(images))
+            text = f"out of memory: batches of {len(images)} images now go through in {pieces} pieces"
             warnings.warn(UnreliableWarning(text), stacklevel=4)
 
-    def _in_pieces(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    def _pieces_of(self, images: int) -> int:
+        """Into how many pieces a batch goes: none is a single image, which BatchNorm could not take, unless all are."""
+        return images if self.most == 1 else max(1, min(math.ceil(images / self.most), images // 2))
+
+    def _in_pieces(self, images: Tensor, labels: Tensor, pieces: int) -> tuple[float, Tensor]:
         total, outputs = 0.0, []
-        for few, their in zip(images.chunk(self.pieces), labels.chunk(self.pieces), strict=True):
+        for few, their in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
             loss, logits = self.step(few, their)
             loss = loss * (len(few) / len(images))
             total += loss.item()

@@ -5,7 +5,6 @@ The only place that knows layer types, and the only place that decides how much 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import call_with, correct, mode
+from untrojan.model import call_with, correct, mode, watched
 from untrojan.progress import stage
 from untrojan.record import CurvePoint
 
@@ -32,10 +31,11 @@ class Mask:
     A unit is, by `unit`:
 
     * `neuron`: one channel's scale. That is the weight of the BatchNorm layers; in a network without any, of its
-      GroupNorm, LayerNorm and InstanceNorm layers; in one without these too, the output channels of its convolution
-      and linear layers, the last one (the logits) excepted. The channel's bias is left alone, as RNP and ANP publish
-      it: a masked channel still emits a constant.
-    * `filter`: the same channel with its bias, so that a zero really silences it.
+      GroupNorm, LayerNorm and InstanceNorm layers, but not of a LayerNorm over the places of each map; in one without
+      these too, the output channels of its convolution and linear layers, the last one in module order (the logits)
+      excepted. The channel's bias is left alone, as RNP and ANP publish it: a masked channel still emits a constant.
+    * `filter`: the same channel with its bias, so that a zero really silences it, unless a BatchNorm without a scale of
+      its own follows, which makes a constant of it.
     * `weight`: every element of the convolution and linear weights, the last layer excepted (AWM).
 
     Attributes:
@@ -242,11 +242,15 @@ def curve_point(scores: Mask, kept: Mask, before: Tensor, right: Tensor) -> Curv
 def products(model: nn.Module) -> list[str]:
     """Name the convolution and linear layers in module order; the last one is taken to give the logits.
 
+    One before it is left out where its weight is no parameter of its own, because it is computed from others, as
+    spectral normalization does, or is that of an earlier layer.
+
     Example:
         >>> products(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)))
         ['0', '3']
     """
-    return [name.removesuffix(".weight") for name in _names(model, PRODUCTS)]
+    names, own = _layers(model, PRODUCTS), dict(model.named_parameters())
+    return [*(name for name in names[:-1] if _weight_of(name) in own), *names[-1:]]
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -272,55 +276,85 @@ def norm_after(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     Args:
         model: The network; it is run in evaluation mode and is not changed.
-        images: A few images `(n, C, H, W)` to run it on.
+        images: Two images `(n, C, H, W)` or more to run it on; some normalization cannot take one alone.
 
     Returns:
         Layer name to normalization name; layers without one are missing.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-        >>> norm_after(net, torch.rand(1, 1, 4, 4))
+        >>> norm_after(net, torch.rand(2, 1, 4, 4))
         {'0': '1'}
     """
-    normal = [name for name, module in model.named_modules() if isinstance(module, (*BATCH_NORMS, *OTHER_NORMS))]
-    names = products(model)
+    normal, names = _layers(model, (*BATCH_NORMS, *OTHER_NORMS)), _layers(model, PRODUCTS)
     seen: dict[str, tuple[Tensor, int]] = {}
 
-    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            tensor = inputs[0] if name in normal else output
-            seen.setdefault(name, (tensor, tensor._version))
+    def note(name: str, inputs: Sequence[Tensor], output: Tensor) -> None:
+        tensor = inputs[0] if name in normal else output
+        seen.setdefault(name, (tensor, tensor._version))
 
-        return note
-
-    with mode(model, training=False), torch.inference_mode(False), torch.no_grad(), ExitStack() as hooks:
-        for name in (*names, *normal):
-            hooks.callback(model.get_submodule(name).register_forward_hook(noting(name)).remove)
+    with (
+        mode(model, training=False),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        watched(model, (*names, *normal), note),
+    ):
         model(images)
     state = {name: (id(tensor), version) for name, (tensor, version) in seen.items()}
     made_by = {state[name]: name for name in reversed(names) if name in state}
     return {made_by[state[name]]: name for name in normal if state.get(name) in made_by}
 
 
+def require_effect(model: nn.Module, images: Tensor, method: str) -> None:
+    """Refuse a network in which normalization undoes every change of a neuron's scale.
+
+    Args:
+        model: The network; it is not changed.
+        images: As for :func:`norm_after`.
+        method: What is to learn such changes, for the text.
+
+    Raises:
+        ModelError: Each neuron goes straight into a normalization that looks at its channel alone.
+    """
+    units = [name.removesuffix(".weight") for name in Mask.ones(model, "neuron").values]
+    if not set(units) <= set(products(model)):
+        return
+    after = norm_after(model, images)
+    if all(unit in after and _undoes_scales(model.get_submodule(after[unit])) for unit in units):
+        text = f"{method} learns how far to scale channels down, and here a normalization undoes every such change"
+        raise ModelError(f"{text}: expected BatchNorm with a scale of its own (affine=True), or channels without any")
+
+
+def _undoes_scales(norm: nn.Module) -> bool:
+    return _over_places(norm) or not isinstance(norm, (nn.GroupNorm, nn.LayerNorm))
+
+
+def _over_places(norm: nn.Module) -> bool:
+    """Whether a normalization has a scale for each place of a map, not for each channel."""
+    return isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 2
+
+
 def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
+def _weight_of(layer: str) -> str:
+    return f"{layer}.weight".removeprefix(".")
+
+
 def _channel_names(model: nn.Module) -> list[str]:
+    own = dict(model.named_parameters())
     for kinds in (BATCH_NORMS, OTHER_NORMS):
-        names = _names(model, kinds)
+        layers = [name for name in _layers(model, kinds) if not _over_places(model.get_submodule(name))]
+        names = [_weight_of(name) for name in layers if _weight_of(name) in own]
         if names:
             return names
     return _weight_names(model)
 
 
 def _weight_names(model: nn.Module) -> list[str]:
-    return _names(model, PRODUCTS)[:-1]
+    return [_weight_of(name) for name in products(model)[:-1]]
 
 
-def _names(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    known = dict(model.named_parameters())
-    names = [
-        f"{prefix}.weight".removeprefix(".") for prefix, module in model.named_modules() if isinstance(module, kinds)
-    ]
-    return [name for name in names if name in known]
+def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]

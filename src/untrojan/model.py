@@ -4,6 +4,8 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 """
 
 import contextlib
+import copy
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ from untrojan.device import device_of
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError
 from untrojan.record import Rate
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 class Normalize(nn.Module):
     """Subtracts a mean and divides by a standard deviation per channel; has nothing to save or learn.
@@ -28,7 +32,7 @@ class Normalize(nn.Module):
         std: One value per channel, each above 0.
 
     Raises:
-        ModelError: The two differ in length, or a deviation is not above 0.
+        ModelError: The two differ in length, a value is not finite, or a deviation is not above 0.
 
     Example:
         >>> net = nn.Sequential(Normalize((0.5,), (0.25,)), nn.Flatten())
@@ -41,8 +45,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ModelError(f"expected as many deviations above 0 as means, got mean {mean} and std {std}")
+        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
+            text = f"expected as many finite deviations above 0 as finite means, got mean {mean} and std {std}"
+            raise ModelError(text)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -65,6 +70,53 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a network with all that it holds.
+
+    Raises:
+        ModelError: It holds a weight that was computed, which torch cannot copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        text = (
+            "the network cannot be copied, because a weight of it is computed, as by torch.nn.utils.weight_norm; use "
+            "torch.nn.utils.parametrizations.weight_norm, or call torch.nn.utils.remove_weight_norm first"
+        )
+        raise ModelError(text) from error
+
+
+@contextlib.contextmanager
+def watched(
+    model: nn.Module, names: Iterable[str], note: Callable[[str, Sequence[Tensor], Tensor], None]
+) -> Iterator[None]:
+    """Tell of every call of layers while the block runs.
+
+    Args:
+        model: The network; its hooks are gone afterwards, also when a layer raises.
+        names: The layers, as in `model.named_modules()`.
+        note: Called after each call with the name of the layer, its inputs, those by keyword last, and its output.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with watched(net, ["0", "1"], lambda name, inputs, output: print(name, tuple(inputs[0].shape))):
+        ...     out = net(torch.rand(3, 1, 2, 2))
+        0 (3, 1, 2, 2)
+        1 (3, 4)
+    """
+    modules = dict(model.named_modules())
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        return lambda _, inputs, named, output: note(name, (*inputs, *named.values()), output)
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.callback(modules[name].register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield
+
+
 @contextlib.contextmanager
 def tapped(
     model: nn.Module, names: Iterable[str], side: Literal["input", "output"] = "output"
@@ -74,7 +126,7 @@ def tapped(
     Args:
         model: The network; its hooks are gone afterwards, also when a layer raises.
         names: The layers, as in `model.named_modules()`.
-        side: Whether to keep the first input or the output of each call.
+        side: Whether to keep the first input or the output of each call, as it was before later layers changed it.
 
     Yields:
         For every layer the tensors of its calls so far, in order, attached to the graph; clear a list to start anew.
@@ -83,21 +135,16 @@ def tapped(
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> with tapped(net, ["1"]) as seen:
         ...     out = net(torch.rand(3, 1, 2, 2))
-        >>> seen["1"][0] is out
+        >>> torch.equal(seen["1"][0], out)
         True
     """
-    modules = dict(model.named_modules())
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, output: seen[name].append(inputs[0] if side == "input" else output)
+    def keep(name: str, inputs: Sequence[Tensor], output: Tensor) -> None:
+        seen[name].append(inputs[0] if side == "input" else output.clone())
 
-    handles = [modules[name].register_forward_hook(keeper(name)) for name in seen]
-    try:
+    with watched(model, seen, keep):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -234,12 +281,15 @@ class Problem(NamedTuple):
     text: str
 
 
-def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
+def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Problem]:
     """List everything that is wrong with a model and the clean images for it.
+
+    Buffers other than running statistics may hold infinity, as a mask of attention does.
 
     Args:
         model: Any network; it is not changed.
         clean: The clean images meant for it.
+        learns: Whether triggers are searched or weights trained, which takes gradients; else logits will do.
 
     Returns:
         Every problem found, in words for the user; an empty list when the two can be used.
@@ -251,31 +301,54 @@ def check(model: nn.Module, clean: CleanSet) -> list[Problem]:
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)[0].text
         'no image of class 2: expected at least one clean image of each of the 3 classes of the model'
     """
-    bad = [name for name, value in model.state_dict().items() if isinstance(value, Tensor) and not _finite(value)]
+    constants = {name for name, _ in model.named_buffers(remove_duplicate=False) if not name.endswith(_STATISTICS)}
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and not _usable(value, name in constants)
+    ]
     problems = [Problem(ModelError, f"weights hold NaN or infinity: {', '.join(bad)}")] if bad else []
     if len(clean) < 2:
         problems.append(Problem(DataError, "expected at least 2 clean images, to fit and to hold out, got 1"))
-    few = clean.take(range(min(2, len(clean)))).to(device_of(model))
+    few = clean.take(range(min(2, len(clean)))).to(device_of(model)).floats()
     try:
         with mode(model, training=False), torch.no_grad():
-            out = model(few.floats())
+            out = model(few.clone())
     except Exception as error:
         size = "x".join(map(str, clean.shape))
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         text = f"the model cannot take images of {size} (channels x height x width): {cause}"
         return [*problems, Problem(ModelError, text)]
-    return problems + _check_output(out, len(few), clean, weights_finite=not bad)
+    problems += _check_output(out, len(few), clean, weights_finite=not bad)
+    return problems or (_check_gradient(model, few) if learns else [])
 
 
-def require(model: nn.Module, clean: CleanSet) -> None:
+def require(model: nn.Module, clean: CleanSet, learns: bool = True) -> None:
     """Raise what :func:`check` finds, all problems in one error."""
-    problems = check(model, clean)
+    problems = check(model, clean, learns)
     if problems:
         raise problems[0].error("; ".join(problem.text for problem in problems))
 
 
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+def _usable(value: Tensor, may_be_infinite: bool) -> bool:
+    return not (value.is_floating_point() and (value.isnan() if may_be_infinite else ~value.isfinite()).any())
+
+
+def _check_gradient(model: nn.Module, few: Tensor) -> list[Problem]:
+    with mode(model, training=False), torch.inference_mode(False), torch.enable_grad():
+        shown = few.clone().requires_grad_()
+        try:
+            torch.autograd.grad(model(shown).sum(), shown)
+            cause = "" if torch.equal(shown, few) else "it changes them in place"
+        except RuntimeError as error:
+            cause = str(error).strip().splitlines()[0]
+    if not cause:
+        return []
+    text = (
+        "expected gradients from the logits to the images, which are left as they are; run no part of the model under "
+        f"torch.no_grad, and normalize by `(images - mean) / std`, not in place: {cause}"
+    )
+    return [Problem(ModelError, text)]
 
 
 def _check_output(out: object, images: int, clean: CleanSet, weights_finite: bool) -> list[Problem]:

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of
+from untrojan.fit import learnable
 from untrojan.model import Normalize, mode
 
 _ALIKE = 0.1
@@ -40,27 +41,42 @@ def faster(model: nn.Module, clean: CleanSet, rounding: bool = True) -> nn.Modul
     device = device_of(model).type
     if isinstance(model, _Faster) or device not in ("cpu", "cuda"):
         return model
-    quick = _Faster(model, rounding and multiplies_bfloat16(device))
     few = clean.take(range(min(2, len(clean)))).floats()
+    quick = _Faster(model, rounding and multiplies_bfloat16(device), few)
     with mode(model, training=False):
         try:
-            out = quick(few.requires_grad_())
-            torch.autograd.grad(out.sum(), few)
+            shown = few.clone().requires_grad_()
+            out = quick(shown)
+            torch.autograd.grad(out.sum(), shown)
         except RuntimeError:
             return model
-        alike = (out.softmax(1) - model(few).softmax(1)).abs().max() < _ALIKE
+        alike = (out.softmax(1) - model(few.clone()).softmax(1)).abs().max() < _ALIKE
     return quick if alike else model
 
 
 def layout_of(quick: nn.Module) -> torch.memory_format:
     """Tell how the weights of a network best lie in memory, by what :func:`faster` gave for it.
 
+    A copy shows whether it can run and learn so; one that cannot, for instance because it views the weights of a
+    convolution in another shape, or that cannot be copied once it has run, keeps them as they are.
+
     Example:
         >>> clean = CleanSet(torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1]))
         >>> layout_of(faster(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2)), clean))
         torch.channels_last
     """
-    return quick.layout if isinstance(quick, _Faster) else torch.contiguous_format
+    if not isinstance(quick, _Faster):
+        return torch.contiguous_format
+    try:
+        tried = copy.deepcopy(quick.model)
+        for parameter in filter(learnable, tried.parameters()):
+            parameter.requires_grad_()
+        lay_out(tried, quick.layout)
+        with mode(tried, training=False):
+            tried(quick.few).sum().backward()
+    except RuntimeError:
+        return torch.contiguous_format
+    return quick.layout
 
 
 def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
@@ -141,10 +157,11 @@ def _fused(network: nn.Module) -> nn.Module:
 
 
 class _Faster(nn.Module):
-    def __init__(self, model: nn.Module, rounding: bool) -> None:
+    def __init__(self, model: nn.Module, rounding: bool, few: Tensor) -> None:
         super().__init__()
         self.model = model
         self.rounding = rounding
+        self.few = few
         # With the channels last torch 2.13 crashes on a CPU where it is asked for a part of the gradients of GroupNorm.
         grouped = any(isinstance(module, nn.GroupNorm) for module in model.modules())
         self.layout = torch.contiguous_format if grouped else torch.channels_last

@@ -14,9 +14,10 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
 from untrojan.defenses.tuning import AUGMENTATIONS
-from untrojan.device import new_generator
+from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit
-from untrojan.mask import Mask
+from untrojan.mask import Mask, require_effect
+from untrojan.model import seeded
 
 Noise = Mapping[str, Tensor]
 
@@ -33,7 +34,9 @@ class ANP(Pruning):
 
     A neuron is the scale of one channel (see :class:`untrojan.mask.Mask`): of BatchNorm where there is one, else of
     GroupNorm or LayerNorm, else of a convolution or linear output. A score in (0, 1] is its mask. Neurons with mask 0
-    are told apart by scores in [-1, 0): minus the share of the iterations that ended with this mask at 0.
+    are told apart by scores in [-1, 0): minus the share of the iterations that ended with this mask at 0. A channel
+    that goes straight into BatchNorm without a scale of its own keeps a mask of about 1, because normalization undoes
+    every change of its scale; a network where that holds for all of them is refused.
 
     Attributes:
         threshold: Prune neurons with a score at or below this, in [-1, 1], for `threshold`.
@@ -99,10 +102,17 @@ class ANP(Pruning):
     alpha: float = Field(default=0.2, ge=0, le=1)
 
     def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
-        """Score every neuron by the mask that adversarial perturbations leave it."""
-        generator = new_generator(seed)
-        torch.manual_seed(seed)
-        frozen = copy.deepcopy(model).train().requires_grad_(False)
+        """Score every neuron by the mask that adversarial perturbations leave it.
+
+        Raises:
+            ModelError: Normalization undoes every change of a neuron's scale.
+        """
+        with running_on(device_of(model)), seeded(seed):
+            frozen = copy.deepcopy(model).train().requires_grad_(False)
+            require_effect(frozen, clean.take([0, -1]).floats(), "ANP")
+            return self._learn(frozen, clean, new_generator(seed), detail)
+
+    def _learn(self, frozen: nn.Module, clean: CleanSet, generator: torch.Generator, detail: str) -> Mask:
         mask = Mask.ones(frozen, "neuron")
         masked = list(mask.values.values())
         at_zero = [torch.zeros_like(value) for value in masked]

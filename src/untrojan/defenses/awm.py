@@ -79,7 +79,8 @@ class AWM(Tuning):
         The paper masks convolutions and lets delta lead away from the true labels; the published code lets it lead away
         from the network's own predictions on the clean images, which is kept here. Here:
 
-        * Linear layers are masked too, except the last one, so that vision transformers can be repaired.
+        * Linear layers are masked too, except the last one, so that vision transformers can be repaired. What makes
+          queries, keys and values in torch's own MultiheadAttention, `in_proj_weight`, is no layer and has no mask.
         * Images with delta are clipped to [0, 1] in both halves of a round; the published code clips in the second.
         * A batch that is not full counts too: with fewer images than a batch the published code takes no step.
         * Very large layers have a factored mask (`factor_above`).

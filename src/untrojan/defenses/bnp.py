@@ -71,7 +71,7 @@ class BNP(Outliers):
         if not known:
             raise ModelError("BNP compares clean images with BatchNorm running statistics, and the network has none")
         units = {name.removesuffix(".weight"): name for name in Mask.ones(model, self.unit).values}
-        after = {} if units.keys() <= set(known) else norm_after(model, clean.take([0]).floats())
+        after = {} if units.keys() <= set(known) else norm_after(model, clean.take([0, -1]).floats())
         divergences = self._divergences(model, clean, seed, known)
         found = {name: divergences.get(after.get(layer, layer)) for layer, name in units.items()}
         return {name: value for name, value in found.items() if value is not None}

@@ -15,6 +15,7 @@ from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
+from untrojan.scanners.scanner import classes_of
 from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2
@@ -225,4 +226,4 @@ def _too_few(allowed: float, clean: CleanSet, aim: Aim) -> str:
 
 
 def _twice_fair(model: nn.Module, clean: CleanSet) -> float:
-    return min(0.5, 2 / logits(model, clean.take([0])).shape[1])
+    return min(0.5, 2 / classes_of(model, clean))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.defenses.outliers import Outliers
 from untrojan.errors import ModelError
-from untrojan.mask import Mask, Unit, norm_after, products
+from untrojan.mask import PRODUCTS, Mask, Unit, norm_after
+from untrojan.model import mode
 from untrojan.progress import stage
 
 
@@ -25,7 +26,7 @@ class CLP(Outliers):
     which the normalization behind the convolution scales it. Channels whose bound stands out of their layer are
     silenced, scale and bias.
 
-    Which normalization follows which convolution or linear layer is found by running the network on one gray image.
+    Which normalization follows which convolution or linear layer is found by running the network on two gray images.
     Without normalization the bound is the kernel's own; without running statistics it holds `|gamma|` alone, which says
     less. Where no convolution or linear layer feeds a normalization straight, as before the convolutions of a
     pre-activation network, there is nothing to bound: these channels get the score 0, which no threshold prunes. A
@@ -36,7 +37,7 @@ class CLP(Outliers):
         without any the published u = 3 decides.
 
     Cost:
-        1 F, where F is one image through the network once, and one singular value decomposition per layer.
+        2 F, where F is one image through the network once, and one singular value decomposition per layer.
 
     Example:
         >>> from untrojan.sources.nets import build
@@ -69,17 +70,17 @@ class CLP(Outliers):
         Raises:
             ModelError: There is none among the network's units.
         """
-        after = norm_after(model, torch.full((1, *clean.shape), 0.5))
+        after = norm_after(model, torch.full((2, *clean.shape), 0.5))
         before = {norm: layer for layer, norm in after.items()}
-        layers = set(products(model))
         bounds = {}
         units = Mask.ones(model, self.unit).values
-        with stage("bound", total=len(units)) as advance:
+        with stage("bound", total=len(units)) as advance, mode(model, training=False), torch.no_grad():
             for name, ones in units.items():
                 unit = name.removesuffix(".weight")
                 layer = before.get(unit, unit)
-                if layer in layers:
-                    bound = _largest(model.get_submodule(layer))
+                made_by = model.get_submodule(layer)
+                if isinstance(made_by, PRODUCTS):
+                    bound = _largest(made_by.weight.float())
                     factor = self._factor(model.get_submodule(after[layer])) if layer in after else torch.tensor(1.0)
                     if bound.shape == ones.shape and factor.shape in (bound.shape, ()):
                         bounds[name] = bound * factor
@@ -103,7 +104,6 @@ class CLP(Outliers):
         return factor
 
 
-def _largest(layer: nn.Module) -> Tensor:
+def _largest(weight: Tensor) -> Tensor:
     """The largest singular value of each output channel's kernel, `(C_out,)`."""
-    weight = layer.state_dict()["weight"].float()
     return torch.linalg.matrix_norm(weight.reshape(len(weight), weight.shape[1], -1), 2)

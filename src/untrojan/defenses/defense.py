@@ -1,6 +1,5 @@
 """The base of every defense, and what a defense gives back."""
 
-import copy
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
@@ -24,9 +23,9 @@ from untrojan.defenses.checks import (
 )
 from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
-from untrojan.errors import ModelError, NoEffectWarning, UnreliableWarning
+from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import correct, logits, require, seeded, warn_of_chance
+from untrojan.model import copied, correct, logits, require, seeded, warn_of_chance
 from untrojan.progress import overall, timing
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
@@ -157,19 +156,21 @@ class Defense(ABC):
         Raises:
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
+            ConfigError: The diagnosis suspects a label that the model does not have.
         """
         device = device_of(model)
         clean = clean.to(device)
         with collected() as caught, timing() as seconds, running_on(device), seeded(seed):
             if len(clean) or not self.data_free:
-                require(copy.deepcopy(model), clean)
+                require(copied(model), clean)
             if diagnosis is None:
                 diagnosis = _look(model, clean, seed)
             elif len(clean):
-                warn_of_chance(copy.deepcopy(model), clean)
-            trusted = _trusted(copy.deepcopy(model), clean, diagnosis, seed)
+                _require_known(diagnosis, clean)
+                warn_of_chance(copied(model), clean)
+            trusted = _trusted(copied(model), clean, diagnosis, seed)
             outcome = (
-                _unchanged(copy.deepcopy(model), trusted)
+                _unchanged(copied(model), trusted)
                 if diagnosis.verdict == "not_found"
                 else self._repair(_to_repair(model, trusted), trusted, diagnosis, seed)
             )
@@ -180,9 +181,7 @@ class Defense(ABC):
             # Logits that are not finite raise here.
             classes = logits(outcome.model, clean).shape[1] if len(clean) else None
             changed = state_sha256(parent) != state_sha256(child)
-            checks = (
-                self._checks(copy.deepcopy(model), outcome, trusted, diagnosis, seed) if changed else outcome.checks
-            )
+            checks = self._checks(copied(model), outcome, trusted, diagnosis, seed) if changed else outcome.checks
             status, reason = _status(diagnosis, checks, changed)
             if status == "failed" and not changed:
                 warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
@@ -238,6 +237,15 @@ class Defense(ABC):
         return checks
 
 
+def _require_known(diagnosis: Diagnosis, clean: CleanSet) -> None:
+    """Raise where a given diagnosis suspects a label that the model, by the labels of its images, does not have."""
+    classes = int(clean.labels.max()) + 1
+    beyond = [label for label in diagnosis.suspects if not 0 <= label < classes]
+    if beyond:
+        text = f"the diagnosis suspects label {beyond[0]}, but the model has {classes} classes, 0 to {classes - 1}"
+        raise ConfigError(f"{text}: expected the diagnosis of a scan of this model")
+
+
 def _look(model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
     if len(clean):
         return TriggerScanner().scan(model, clean, seed)
@@ -264,10 +272,10 @@ def _unchanged(model: nn.Module, clean: CleanSet) -> Outcome:
 
 def _to_repair(model: nn.Module, clean: CleanSet) -> nn.Module:
     """A copy that may be changed, on a CPU with its weights laid out so that it takes less time."""
-    copied = copy.deepcopy(model)
+    changeable = copied(model)
     if len(clean) and device_of(model).type == "cpu":
-        lay_out(copied, layout_of(faster(copy.deepcopy(model), clean, rounding=False)))
-    return copied
+        lay_out(changeable, layout_of(faster(copied(model), clean, rounding=False)))
+    return changeable
 
 
 def _put_back(model: nn.Module, original: nn.Module) -> None:

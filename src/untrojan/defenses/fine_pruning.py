@@ -24,10 +24,10 @@ _STEP = 0.01
 class FinePruning(Tuning):
     """Fine-Pruning: prune the features that clean images hardly activate, then fine-tune.
 
-    Neurons that only the trigger activates are dormant on clean images. The features that go into the last layer are
-    ranked by their mean activation on clean images and pruned from the lowest on, 1 % of them at a time, as long as
-    held-out clean images stay right. Fine-tuning then takes away what of the backdoor shares neurons with the clean
-    task; the pruned features stay pruned.
+    Neurons that only the trigger activates are dormant on clean images. The features that go into the last layer, in
+    module order, are ranked by their mean activation on clean images and pruned from the lowest on, 1 % of them at a
+    time, as long as held-out clean images stay right. Fine-tuning then takes away what of the backdoor shares neurons
+    with the clean task; the pruned features stay pruned.
 
     Attributes:
         prune_budget: Accepted loss of clean accuracy by pruning, before fine-tuning wins it back, as a fraction.
@@ -102,6 +102,9 @@ def _head(model: nn.Module) -> str:
     names = products(model)
     if not names:
         raise ModelError("nothing to prune: expected a convolution or linear layer that gives the logits")
+    if f"{names[-1]}.weight" not in dict(model.named_parameters()):
+        text = f"nothing to prune: expected the last layer, {names[-1]}, to have a weight of its own, not one that is"
+        raise ModelError(f"{text} computed (torch.nn.utils.parametrize.remove_parametrizations undoes that) or shared")
     return names[-1]
 
 

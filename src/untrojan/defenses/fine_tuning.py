@@ -44,8 +44,9 @@ class FineTuning(Tuning):
         NeurIPS 2022, arXiv:2206.12654.
 
     Deviations:
-        BackdoorBench crops and flips in batches of 256 on 5 % of the training set. Here images are taken as they are
-        (`augment`), because mirroring is not right for all data, and batches are smaller where there are few images.
+        * BackdoorBench crops and flips in batches of 256 on 5 % of the training set. Here images are taken as they are
+          (`augment`), because mirroring is not right for all data, and batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "fine-tuning"

@@ -4,7 +4,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import ClassVar, Literal, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
-from untrojan.device import new_generator
+from untrojan.device import device_of, new_generator, running_on
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import norm_after, products
 from untrojan.model import mode, tapped
@@ -101,6 +100,7 @@ class FMP(Tuning):
           by order, which assigns rankings to the wrong layers in pre-activation networks.
         * Biases are set to zero with the weights, and what is pruned is put back to zero after each step.
         * Linear layers count as layers, as in networks of tokens.
+        * A part of the images is held out to judge the result.
         * The published code crops and flips, its precursor in batches of 256. Here images are taken as they are
           (`augment`), in batches of 128 (`batch_size`), and smaller ones where there are few images.
 
@@ -141,10 +141,12 @@ class FMP(Tuning):
         Returns:
             Rankings by layer name; layers whose output is not seen, or does not depend on the image, are missing.
         """
-        generator = new_generator(seed)
+        with running_on(device_of(model)):
+            return self._rank(copy.deepcopy(model).requires_grad_(False), clean, new_generator(seed))
+
+    def _rank(self, model: nn.Module, clean: CleanSet, generator: torch.Generator) -> dict[str, Ranking]:
         limit = min(self.images, BATCH) if self.variant == "released" else self.images
         shown = clean.some(limit, generator)
-        model = copy.deepcopy(model).requires_grad_(False)
         widths = {name: len(_weight(model, name)) for name in products(model)[:-1]}
         names = [name for name, width in widths.items() if width >= self.p]
         scores: dict[str, Tensor] = {}
@@ -163,11 +165,12 @@ class FMP(Tuning):
         rankings = self.rank(model, clean, seed) if self.prune else {}
         if self.prune and not rankings:
             text = (
-                f"no layer has {self.p} feature maps: nothing is pruned, and this is plain fine-tuning; give a lower p"
+                f"no layer with a weight of its own has {self.p} feature maps: nothing is pruned, and this is plain "
+                "fine-tuning; give a lower p"
             )
             warnings.warn(UnreliableWarning(text), stacklevel=3)
         released = self.variant == "released"
-        after = norm_after(model, clean.take([0]).floats()) if rankings else {}
+        after = norm_after(model, clean.take([0, -1]).floats()) if rankings else {}
         silenced: list[tuple[nn.Parameter, Tensor]] = []
         for name, ranking in rankings.items():
             width = len(ranking.right)
@@ -222,11 +225,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _maps(model: nn.Module, names: list[str], images: Tensor) -> dict[str, list[Tensor]]:
-    """What layers give, also where a later layer changes it in place."""
-    with tapped(model, names) as seen, ExitStack() as hooks:
-        for name in names:
-            module = model.get_submodule(name)
-            hooks.callback(module.register_forward_hook(lambda _, __, output: output.clone()).remove)
+    with tapped(model, names) as seen:
         model(images)
     return seen
 

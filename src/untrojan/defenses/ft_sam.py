@@ -12,6 +12,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, gradients, moved, sgd_cosine
 from untrojan.device import new_generator
+from untrojan.fit import learnable
 from untrojan.record import Diagnosis
 
 _TINY = 1e-12
@@ -64,6 +65,7 @@ class FTSAM(Tuning):
           classes 0.1 there is 0.11 here.
         * BackdoorBench crops and flips in batches of 256 on 5 % of the training set. Here images are taken as they are
           (`augment`), and batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "ft-sam"
@@ -76,7 +78,7 @@ class FTSAM(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Train a copy in training mode; running statistics follow the unperturbed weights alone."""
-        weights = list(model.train().parameters())
+        weights = list(filter(learnable, model.train().parameters()))
         loss_of = partial(functional.cross_entropy, label_smoothing=self.label_smoothing)
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.checks import within
 from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
-from untrojan.fit import fit
+from untrojan.fit import fit, learnable
 from untrojan.model import correct
 from untrojan.progress import overall
 from untrojan.record import Diagnosis
@@ -74,10 +74,11 @@ class IBAU(Tuning):
           held-out images.
         * The published code perturbs as many images of a batch as the share gives, rounded down: in batches of less
           than 100 none, and nothing is unlearned. Here at least one is perturbed.
-        * Batches are smaller where there are few images, so that few images still mean enough steps, and all of them
-          are drawn anew in each round, the first batch too.
-        * The predictions that the perturbation is measured against are made once per round, and serve the fixed point
-          too.
+        * Batches are smaller where there are few images, so that few images still mean enough steps.
+        * The published code goes through its batches in one order all the time, so that the implicit part is always
+          taken on the same first batch, and measures the perturbation there against the true labels. Here batches are
+          drawn anew in each pass, and the predictions that the perturbation was searched against, made once per round,
+          serve the implicit part too.
         * The paper's formula bounds the norm of the perturbation; the published code only penalizes it, and so does
           this.
 
@@ -159,7 +160,7 @@ class IBAU(Tuning):
         detail: str,
     ) -> bool:
         """The outer problem: one pass over the images; tells whether it stayed finite."""
-        parameters = list(model.parameters())
+        parameters = list(filter(learnable, model.parameters()))
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = model(images + self._chosen(len(images), generator) * found.values)

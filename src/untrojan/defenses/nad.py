@@ -66,7 +66,8 @@ class NAD(Tuning):
         * Attention is read where a convolution or linear layer ends each third of these layers, counted in module order
           without the last one. The published code reads the outputs of the three residual groups of WRN-16-1; these
           layers end the same groups, but are read before the shortcut is added. A network with fewer such layers has
-          fewer maps, each with the weight of the latest third that it ends.
+          fewer maps, each with the weight of the latest third that it ends. A layer that training skips at random is
+          left out of the batches that it is skipped in.
         * Of tokens (N, T, d) the map is the mean over d, one value per token.
         * The published code crops, flips and cuts out; here images are taken as they are (`augment`), because mirroring
           is not right for all data, and then the teacher's maps are computed once.
@@ -111,8 +112,10 @@ class NAD(Tuning):
             apart = [
                 beta * functional.mse_loss(self._attention(student, name, seen[name][-1]), goals[name])
                 for name, beta in betas.items()
+                if seen[name]
             ]
-            return functional.cross_entropy(out, clean.labels[numbers]) + torch.stack(apart).sum(), out
+            loss = functional.cross_entropy(out, clean.labels[numbers])
+            return loss + torch.stack(apart).sum() if apart else loss, out
 
         self._train(student, distilled, numbered, self.epochs, seed, "distill")
 
@@ -132,7 +135,7 @@ class NAD(Tuning):
         """The layers whose attention is compared, with their weights."""
         layers = products(teacher)[:-1]
         with tapped(teacher, layers) as seen, torch.no_grad():
-            teacher(clean.take([0]).floats())
+            teacher(clean.take([0, -1]).floats())
         maps = [name for name in layers if seen[name] and _positions(teacher, name, seen[name][-1]) > 1]
         if not maps:
             raise ModelError("NAD compares attention maps, and no layer of the network has an output with positions")
@@ -155,7 +158,7 @@ class NAD(Tuning):
 
 def _channels(model: nn.Module, layer: str) -> int:
     """The dimension of a layer's output that holds its channels: the last one behind a linear layer."""
-    return -1 if model.get_parameter(f"{layer}.weight").ndim == 2 else 1
+    return -1 if model.get_submodule(layer).get_parameter("weight").ndim == 2 else 1
 
 
 def _positions(model: nn.Module, layer: str, output: Tensor) -> int:

@@ -13,9 +13,9 @@ from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
-from untrojan.model import logits
 from untrojan.record import Diagnosis
-from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, anomaly_index, cleanse
+from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, cleanse, diagnose
+from untrojan.scanners.scanner import classes_of
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -27,7 +27,7 @@ class NeuralCleanse(Tuning):
 
     The label is the one that the scan suspects. Where it could not tell labels apart, patches of all labels are
     recovered, and the label is the one whose mask is too small: with an anomaly index above 2, the distance of its l1
-    norm below the median of all labels in robust standard deviations.
+    norm below the median in robust standard deviations. Labels with no patch that works are not compared.
 
     Attributes:
         mask_lr: Learning rate of Adam on mask and pattern, above 0.
@@ -85,8 +85,11 @@ class NeuralCleanse(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Recover the trigger and unlearn it."""
         trigger = self.recover(model, clean, diagnosis, seed)
-        if trigger.success < ENOUGH:
-            text = f"the patch of label {trigger.label} reaches {trigger.success:.0%} of the images, not {ENOUGH:.0%}"
+        if not trigger.reached:
+            text = (
+                f"in no epoch a patch of label {trigger.label} reached {ENOUGH:.0%} of the images; the last one, which "
+                f"reaches {trigger.success:.0%}, is unlearned"
+            )
             warnings.warn(UnreliableWarning(text), stacklevel=2)
         generator = new_generator(seed)
         sgd_cosine(
@@ -110,20 +113,18 @@ class NeuralCleanse(Tuning):
         """
         if diagnosis.suspect is not None:
             return self._cleanse(model, clean, [diagnosis.suspect], seed)[0]
-        classes = logits(model, clean.take([0])).shape[1]
-        triggers = self._cleanse(model, clean, list(range(classes)), seed)
-        working = [trigger for trigger in triggers if trigger.success >= ENOUGH]
-        if not working:
+        triggers = self._cleanse(model, clean, list(range(classes_of(model, clean))), seed)
+        compared = diagnose(triggers)
+        if not compared.targets:
             best = max(triggers, key=lambda trigger: trigger.success)
             text = f"no label has a patch that works; that of label {best.label} reaches the most images"
             warnings.warn(UnreliableWarning(text), stacklevel=3)
             return best
-        index = anomaly_index([trigger.norm for trigger in triggers])
-        smallest = min(working, key=lambda trigger: trigger.norm)
-        if index[smallest.label] >= -2:
-            text = f"no label's mask is too small; that of label {smallest.label} is the smallest that works"
+        smallest = compared.targets[0].label
+        if compared.verdict != "found":
+            text = f"no label's mask is too small; that of label {smallest} is the smallest that works"
             warnings.warn(UnreliableWarning(text), stacklevel=3)
-        return smallest
+        return triggers[smallest]
 
     def _cleanse(self, model: nn.Module, clean: CleanSet, labels: list[int], seed: int) -> list[Trigger]:
         return cleanse(model, clean, labels, seed, lr=self.mask_lr, epochs=self.mask_epochs)

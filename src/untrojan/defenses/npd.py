@@ -15,7 +15,7 @@ from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import products
-from untrojan.model import call_with, tapped
+from untrojan.model import call_with, watched
 from untrojan.record import Diagnosis
 
 _ENOUGH = 0.6
@@ -35,7 +35,7 @@ class NPD(Tuning):
 
     Attributes:
         layer: Name of the convolution or linear layer to put the polarizer in front of; without it the last one before
-            the logits that mixes all its channels, or else the layer that gives the logits.
+            the logits, as the network calls them, that mixes all its channels, or else the layer that gives the logits.
         lr: Learning rate of SGD with momentum 0.9 at the beginning, above 0; it falls to 0 along a cosine.
         epochs: Passes over the images.
         weight_decay: At least 0.
@@ -102,12 +102,13 @@ class NPD(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Learn the polarizer in front of the frozen network, then fold it in."""
         model.eval().requires_grad_(False)
-        name = f"{self._layer(model, clean)}.weight"
-        weight = model.get_parameter(name)
-        polarizer = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        layer = self._layer(model, clean)
+        weight = model.get_submodule(layer).get_parameter("weight")
+        fine = torch.promote_types(weight.dtype, torch.float32)
+        polarizer = torch.eye(weight.shape[1], dtype=fine, device=weight.device)
 
         def call(images: Tensor) -> Tensor:
-            return call_with(model, images, {name: _fold(weight, polarizer)})
+            return call_with(model, images, {f"{layer}.weight".removeprefix("."): _fold(weight, polarizer)})
 
         def warm_up(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = call(images)
@@ -133,10 +134,11 @@ class NPD(Tuning):
                 known = ", ".join(mixing) or "none"
                 raise ConfigError(f"cannot put a polarizer in front of {self.layer!r}; layers that can: {known}")
             return self.layer
-        with torch.no_grad(), tapped(model, products(model)) as seen:
-            model(clean.take([0]).floats())
-        used = [name for name, calls in seen.items() if calls]
-        late = [name for name in used[:-1] if _mixes(model, name)] or [name for name in used if _mixes(model, name)]
+        used: list[str] = []
+        with torch.no_grad(), watched(model, products(model), lambda name, *_: used.append(name)):
+            model(clean.take([0, -1]).floats())
+        mixing = [name for name in used if _mixes(model, name)]
+        late = [name for name in mixing if name != used[-1]] or mixing
         if not late:
             raise ModelError("nothing to polarize: expected a convolution or linear layer that mixes its channels")
         return late[-1]
@@ -174,13 +176,14 @@ class NPD(Tuning):
 
 
 def _mixes(model: nn.Module, name: str) -> bool:
-    """Whether every output of the layer sees every input channel."""
-    return getattr(model.get_submodule(name), "groups", 1) == 1
+    """Whether every output of the layer sees every input channel, by a weight that can be changed."""
+    layer = model.get_submodule(name)
+    return getattr(layer, "groups", 1) == 1 and isinstance(layer.weight, nn.Parameter)
 
 
 def _fold(weight: Tensor, polarizer: Tensor) -> Tensor:
     """The weight `(out, in, ...)` of the layer that does what the polarizer `(in, in)` and the layer do in turn."""
-    return torch.einsum("oj...,ji->oi...", weight, polarizer)
+    return torch.einsum("oj...,ji->oi...", weight.to(polarizer.dtype), polarizer).to(weight.dtype)
 
 
 def _likeliest_wrong(out: Tensor, labels: Tensor) -> Tensor:

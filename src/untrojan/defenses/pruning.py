@@ -30,7 +30,8 @@ class Pruning(Defense):
             and `count`: as many as asked for, to reproduce published results.
         threshold: Prune units with a score at or below this, for `threshold`.
         count: Prune this many units, lowest scores first, for `count`.
-        folds: Parts the images are cut into, so that scores made without a part are judged on it.
+        folds: Parts the images are cut into, so that scores made without a part are judged on it. With one image per
+            class, they are judged on classes that they never saw, which prunes less.
     """
 
     unit: ClassVar[Unit] = "neuron"

@@ -1,5 +1,6 @@
 """RNP: unlearn the clean task, recover it by scaling neurons down, prune the neurons that had to go."""
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
-from untrojan.device import new_generator
+from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit, size_without_single
-from untrojan.mask import Mask
+from untrojan.mask import Mask, require_effect
+from untrojan.model import seeded
 from untrojan.record import Check, UnlearningRun
 from untrojan.scanners.unlearning import AUGMENTATIONS, Unlearning, View, warn_of_missed_floor
 
@@ -31,7 +33,9 @@ class RNP(Unlearning, Pruning):
     A neuron is the scale of one channel (see :class:`untrojan.mask.Mask`): of BatchNorm where there is one, else of
     GroupNorm or LayerNorm, else of a convolution or linear output. A score in [0, 1] is the recovered multiplier.
     Neurons with multiplier 0 are told apart by scores in (-1, 0]: minus the share of the recovery that they spent
-    masked, so that one with -0.9 was masked almost at once.
+    masked, so that one with -0.9 was masked almost at once. A channel that goes straight into BatchNorm without a scale
+    of its own keeps a multiplier of about 1, because normalization undoes every change of its scale; a network where
+    that holds for all of them is refused.
 
     Attributes:
         threshold: Prune neurons with a score at or below this, in [-1, 1], for `threshold`.
@@ -110,12 +114,17 @@ class RNP(Unlearning, Pruning):
 
         Returns:
             The scores of all neurons, and how the unlearning went.
+
+        Raises:
+            ModelError: Normalization undoes every change of a neuron's scale.
         """
         view = "crop-flip" if self.variant == "released" else "plain"
-        unlearned, run = self.unlearn(model, clean, seed, view, detail)
-        if not run.reached:
-            warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
-        return Learned(self._recover(unlearned, clean, seed, detail), run)
+        with running_on(device_of(model)), seeded(seed):
+            require_effect(copy.deepcopy(model), clean.take([0, -1]).floats(), "RNP")
+            unlearned, run = self.unlearn(model, clean, seed, view, detail)
+            if not run.reached:
+                warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
+            return Learned(self._recover(unlearned, clean, seed, detail), run)
 
     def _recover(self, unlearned: nn.Module, clean: CleanSet, seed: int, detail: str) -> Mask:
         generator = new_generator(seed)

@@ -18,6 +18,7 @@ from untrojan.fit import fit
 from untrojan.record import Diagnosis
 
 _ROUNDING = 1e-6
+_SURE = 0.999
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -65,13 +66,18 @@ class SAU(Tuning):
         examples, NeurIPS 2023, arXiv:2307.10562.
 
     Deviations:
-        * Adversarial images stay within [0, 1]; BackdoorBench lets them leave it. With `variant="released"` they may.
+        * Adversarial images stay within [0, 1]; BackdoorBench lets them leave it.
+        * A network is fooled where it does not give the true label. In BackdoorBench's search it is where it does not
+          give what it says of the unchanged image; and in the shared loss the frozen copy is only where it gives
+          neither.
+        * BackdoorBench takes a probability of the other labels above 0.999 for that, so that the shared loss lets go of
+          images on which the model disagrees for good.
         * The shared loss has two logarithms, of the summed probability of the other labels and of one minus that of the
           label. They are the same number; it is computed once.
-        * The means of the search are over the whole batch, so that an image's perturbation does not depend on the
-          others in its batch, except for when the search ends.
-        * BackdoorBench crops and flips; here images are taken as they are (`augment`). Batches are smaller where there
-          are few images.
+        * Batches are smaller where there are few images.
+
+        With `variant="released"` images may leave [0, 1], and networks are fooled, and let go of, as in BackdoorBench,
+        for 3 F per image and epoch more.
     """
 
     name: ClassVar[str] = "sau"
@@ -93,16 +99,18 @@ class SAU(Tuning):
         """Train a copy in evaluation mode."""
         generator = new_generator(seed)
         frozen = copy.deepcopy(model.eval()).requires_grad_(False)
+        sure = _SURE if self.variant == "released" else math.inf
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             adversarial = self._adversarial(model, frozen, images, labels)
             with torch.no_grad():
                 theirs = frozen(adversarial).argmax(1)
+            fooled = (theirs != labels) & (theirs != self._unfooled(frozen, images, labels))
             out, attacked = model(torch.cat([images, adversarial])).chunk(2)
             loss = (
                 self.lambda_1 * functional.cross_entropy(out, labels)
                 + self.lambda_2 * functional.cross_entropy(attacked, labels)
-                + self.lambda_3 * _shared_loss(attacked, theirs, labels)
+                + self.lambda_3 * _shared_loss(attacked, theirs, fooled, sure)
             )
             return loss, out
 
@@ -122,12 +130,13 @@ class SAU(Tuning):
         low, high = images - self.radius, images + self.radius
         if self.variant == "fixed":
             low, high = low.clamp(min=0), high.clamp(max=1)
+        unfooled = [self._unfooled(net, images, labels) for net in (model, frozen)]
         found = high
         for _ in range(self.iterations):
             found = found.detach().requires_grad_()
             ours, theirs = model(found), frozen(found)
-            fooled = [out.argmax(1) != labels for out in (ours, theirs)]
-            unshared = ~(fooled[0] & (ours.argmax(1) == theirs.argmax(1)))
+            fooled = [out.argmax(1) != answer for out, answer in zip((ours, theirs), unfooled, strict=True)]
+            unshared = ~(fooled[0] & fooled[1] & (ours.argmax(1) == theirs.argmax(1)))
             if not unshared.any():
                 break
             kept = [
@@ -139,6 +148,13 @@ class SAU(Tuning):
             found = torch.clamp(found - self.step_size * slope.sign(), low, high)
         return found.detach()
 
+    def _unfooled(self, net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """What a network says of images that do not fool it: their labels or, as released, what it says without."""
+        if self.variant == "fixed":
+            return labels
+        with torch.no_grad():
+            return net(images).argmax(1)
+
 
 def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
     """Jensen-Shannon divergence of the probabilities that two networks' logits `(b, K)` mean: `(b,)`, in nats."""
@@ -147,7 +163,14 @@ def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
     return (logs.exp() * (logs - middle)).sum(2).mean(0)
 
 
-def _shared_loss(out: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
-    """How much the model agrees with the labels that fooled the frozen copy."""
-    others = out.softmax(1).scatter(1, theirs[:, None], 0).sum(1)
-    return -((_ROUNDING + others).log() * (theirs != labels)).mean()
+def _shared_loss(out: Tensor, theirs: Tensor, fooled: Tensor, sure: float) -> Tensor:
+    """How much the model agrees with what the frozen copy says where that is fooled.
+
+    Args:
+        out: Logits of the model `(b, K)`.
+        theirs: What the frozen copy says: `(b,)`.
+        fooled: Where that counts: bool `(b,)`.
+        sure: Probability of all other labels from which the model disagrees for good.
+    """
+    others = out.softmax(1).scatter(1, theirs[:, None], 0).sum(1).clamp(max=sure)
+    return -((_ROUNDING + others).log() * fooled).mean()

@@ -14,7 +14,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, boldest, gradients, moved
 from untrojan.device import new_generator
-from untrojan.fit import fit
+from untrojan.fit import fit, learnable
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
 from untrojan.scanners.unlearning import warn_of_missed_floor
@@ -135,7 +135,7 @@ class TSBD(Tuning):
         return unlearned
 
     def _fine_tune(self, model: nn.Module, clean: CleanSet, seed: int) -> None:
-        weights = list(model.parameters())
+        weights = list(filter(learnable, model.parameters()))
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = model(images)

@@ -17,7 +17,7 @@ from untrojan.augmentation import crop_flip
 from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import Fit, Step, fit, size_with_enough_steps
+from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis
@@ -61,6 +61,7 @@ class Tuning(Defense):
         return clean.batches(size, generator, AUGMENTATIONS[self.augment])
 
     def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Outcome:
+        _warn_of_coarse(model)
         rest, held = _split(clean, self.hold_out, seed)
         before = correct(model, held)
         tuned = self.tune(model, rest, held, diagnosis, seed)
@@ -125,12 +126,13 @@ def moved(model: nn.Module, images: Tensor, moves: Sequence[Tensor]) -> Tensor:
     Args:
         model: The network, in the mode wanted.
         images: `(N, C, H, W)` in [0, 1].
-        moves: What is added to each of `model.parameters()`.
+        moves: What is added to each of `model.parameters()` that is :func:`~untrojan.fit.learnable`.
 
     Returns:
         Logits `(N, K)`, with gradients reaching the weights.
     """
-    elsewhere = {name: w + move for (name, w), move in zip(model.named_parameters(), moves, strict=True)}
+    weights = [(name, weight) for name, weight in model.named_parameters() if learnable(weight)]
+    elsewhere = {name: weight + move for (name, weight), move in zip(weights, moves, strict=True)}
     return call_with(model, images, elsewhere | {name: value.clone() for name, value in model.named_buffers()})
 
 
@@ -153,6 +155,14 @@ def boldest(model: nn.Module, scores: Mask, cuts: Sequence[Cut], held: CleanSet,
         warnings.warn(UnreliableWarning(text), stacklevel=2)
         return scores.map(torch.ones_like)
     return cuts[chosen](scores)
+
+
+def _warn_of_coarse(model: nn.Module) -> None:
+    coarse = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if coarse:
+        kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in coarse))
+        text = f"weights of type {kinds} round small updates away, so that little may be learned: convert to float32"
+        warnings.warn(UnreliableWarning(text), stacklevel=3)
 
 
 def _split(clean: CleanSet, share: float, seed: int) -> tuple[CleanSet, CleanSet]:

@@ -16,12 +16,13 @@ from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
-from untrojan.model import logits
 from untrojan.record import Diagnosis
 from untrojan.scanners.neural_cleanse import anomaly_index
+from untrojan.scanners.scanner import classes_of
 from untrojan.scanners.unlearning import Unlearning, View, warn_of_missed_floor
 
 MOST = 2
+_CLIP = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -40,7 +41,7 @@ class ULRL(Unlearning, Tuning):
         alpha: Weight of the cosine between new and old rows, at least 0.
         lr: Learning rate of SGD with momentum 0.9 at the beginning, above 0; it falls to 0 along a cosine.
         epochs: Passes over the images to relearn.
-        weight_decay: At least 0.
+        weight_decay: At least 0; `released` has none.
 
     Needs:
         Clean images, and a network whose last layer has one row of weights per class.
@@ -66,10 +67,17 @@ class ULRL(Unlearning, Tuning):
           classes, and so does `variant="released"`.
         * Where no row is suspicious nothing is reset, as published; here a warning says that what remains is plain
           fine-tuning.
-        * Where more than half of the rows moved alike, the mean deviation stands in for the median one.
-        * Unlearning is that of RNP, with images as they are, without mixed precision and without clipping the gradient.
-        * Momentum and weight decay of relearning are those of unlearning.
+        * The median of an even number of rows is the mean of the two in the middle; the published code takes the lower
+          one. Of two classes no row then lies more than 0.67 deviations above it, and nothing is reset.
+        * Where more than half of the rows moved alike, the mean deviation stands in for the median one; the published
+          code divides by zero, and every row that moved more is suspicious.
+        * Unlearning is that of RNP, with images as they are, without mixed precision and without clipping the gradient;
+          the published code clips it at a norm of 20.
+        * The weight decay of relearning is that of unlearning; the published code has none.
         * Batches are smaller where there are few images.
+
+        With `variant="released"` rows are told by the lower medians, also where the deviation is zero, the gradient of
+        unlearning is clipped, and relearning has no weight decay.
     """
 
     name: ClassVar[str] = "ulrl"
@@ -94,12 +102,12 @@ class ULRL(Unlearning, Tuning):
         head = _head(model, clean)
         rows = self.suspicious(model, clean, seed)
         if not rows:
-            text = f"no row of {head} moved more than {self.z:g} robust deviations; nothing is reset, only fine-tuned"
+            text = f"no row of the last layer moved more than {self.z:g} deviations; nothing is reset, only fine-tuned"
             warnings.warn(UnreliableWarning(text), stacklevel=2)
         generator = new_generator(seed)
-        weight = model.get_parameter(f"{head}.weight")
+        weight = head.get_parameter("weight")
         old = weight.detach()[rows].flatten(1)
-        self._reset(model, head, rows, generator)
+        self._reset(head, rows, generator)
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = model(images)
@@ -111,7 +119,7 @@ class ULRL(Unlearning, Tuning):
             partial(self.batches, clean, generator),
             lr=self.lr,
             epochs=self.epochs,
-            weight_decay=self.weight_decay,
+            weight_decay=0.0 if self.variant == "released" else self.weight_decay,
             step=step,
             name="relearn",
         )
@@ -125,19 +133,21 @@ class ULRL(Unlearning, Tuning):
             clean: The images to unlearn.
             seed: Decides everything random.
         """
-        unlearned, run = self.unlearn(model, clean, seed, "plain")
+        released = self.variant == "released"
+        unlearned, run = self.unlearn(model, clean, seed, "plain", clip=_CLIP if released else None)
         if not run.reached:
             warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
-        name = f"{products(model)[-1]}.weight"
-        moved = (unlearned.get_parameter(name) - model.get_parameter(name)).detach().abs().flatten(1).sum(1)
+        after, before = (net.get_submodule(products(net)[-1]).get_parameter("weight") for net in (unlearned, model))
+        moved = (after - before).detach().abs().flatten(1).sum(1)
+        if released:
+            away = moved - moved.median()
+            return (away / (1.4826 * away.abs().median()) > self.z).nonzero().flatten().tolist()[:MOST]
         over = [row for row, index in enumerate(anomaly_index(moved.tolist())) if index > self.z]
-        if self.variant == "fixed":
-            over = sorted(over, key=lambda row: float(moved[row]), reverse=True)
-        return sorted(over[:MOST])
+        return sorted(sorted(over, key=lambda row: float(moved[row]), reverse=True)[:MOST])
 
-    def _reset(self, model: nn.Module, head: str, rows: list[int], generator: torch.Generator) -> None:
-        parameters = dict(model.named_parameters())
-        weight, bias = parameters[f"{head}.weight"], parameters.get(f"{head}.bias")
+    def _reset(self, head: nn.Module, rows: list[int], generator: torch.Generator) -> None:
+        parameters = dict(head.named_parameters())
+        weight, bias = parameters["weight"], parameters.get("bias")
         limit = (2 / weight[0].numel()) ** 0.5
         with torch.no_grad():
             new = torch.empty(len(rows), *weight.shape[1:], dtype=weight.dtype)
@@ -146,12 +156,12 @@ class ULRL(Unlearning, Tuning):
                 bias[rows] = 0
 
 
-def _head(model: nn.Module, clean: CleanSet) -> str:
+def _head(model: nn.Module, clean: CleanSet) -> nn.Module:
     """The layer that gives the logits."""
-    classes = logits(model, clean.take([0])).shape[1]
-    names = products(model)
-    rows = len(model.get_parameter(f"{names[-1]}.weight")) if names else 0
+    classes, names = classes_of(model, clean), products(model)
+    head = model.get_submodule(names[-1]) if names else nn.Identity()
+    rows = len(dict(head.named_parameters()).get("weight", ()))
     if rows != classes:
-        last = f"{names[-1]} with {rows} rows" if names else "none"
+        last = f"{names[-1]} with {rows} rows of its own" if names else "none"
         raise ModelError(f"ULRL resets rows of the last layer: expected one with a row for each class, got {last}")
-    return names[-1]
+    return head

@@ -15,11 +15,10 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit, size_with_enough_steps
-from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict
 from untrojan.scanners.aim import Aim
-from untrojan.scanners.scanner import Scanner
+from untrojan.scanners.scanner import Scanner, classes_of
 
 BATCH = 32
 IMAGES_AT_A_TIME = 256
@@ -211,8 +210,8 @@ class NeuralCleanseScanner(Scanner):
     mask_epochs: int = Field(default=80, ge=1)
 
     def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
-        classes = logits(model, clean.take([0])).shape[1]
-        return diagnose(cleanse(model, clean, range(classes), seed, lr=self.mask_lr, epochs=self.mask_epochs))
+        labels = range(classes_of(model, clean))
+        return diagnose(cleanse(model, clean, labels, seed, lr=self.mask_lr, epochs=self.mask_epochs))
 
 
 class _Inversion:

@@ -1,6 +1,5 @@
 """Which samples of a training set are poisoned: every sample with its scores and its rank."""
 
-import copy
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import seeded
+from untrojan.model import copied, seeded
 from untrojan.progress import timing
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
 from untrojan.registry import describe
@@ -171,7 +170,7 @@ def screen(
     with collected() as caught, timing() as seconds, running_on(device_of(model)), seeded(seed):
         samples = Suspects.of(suspects)
         classes = require_fit(model, clean, samples)
-        predicted, sha256 = _look(copy.deepcopy(model).eval(), samples)
+        predicted, sha256 = _look(copied(model).eval(), samples)
         diagnosis = diagnosis or TriggerScanner().scan(model, clean, seed)
         scores = {each.name: each.score(model, clean, samples, diagnosis, seed) for each in detectors}
     first, *others = [MethodInfo(name=each.name, fields=describe(each)) for each in detectors]

@@ -1,6 +1,5 @@
 """The base of every scanner."""
 
-import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
@@ -8,7 +7,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import logits, require, seeded, warn_of_chance
+from untrojan.model import copied, logits, require, seeded, warn_of_chance
 from untrojan.progress import timing
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
 from untrojan.registry import describe
@@ -38,10 +37,10 @@ class Scanner(ABC):
             DataError: The images do not fit the model.
         """
         with running_on(device_of(model)), seeded(seed):
-            require(copy.deepcopy(model), clean)
+            require(copied(model), clean)
             clean = clean.to(device_of(model))
-            warn_of_chance(copy.deepcopy(model), clean)
-            return self._scan(copy.deepcopy(model), clean, seed)
+            warn_of_chance(copied(model), clean)
+            return self._scan(copied(model), clean, seed)
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:
@@ -62,8 +61,7 @@ class Scanner(ABC):
         """
         with collected() as caught, timing() as seconds, seeded(seed):
             diagnosis = self.scan(model, clean, seed)
-            one = clean.take([0]).to(device_of(model))
-            classes = logits(copy.deepcopy(model), one).shape[1]
+            classes = classes_of(copied(model), clean)
         return ScanRecord(
             method=MethodInfo(name=self.name, fields=describe(self)),
             seed=seed,
@@ -79,3 +77,15 @@ class Scanner(ABC):
     @abstractmethod
     def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
         """Examine a copy of the model, with the random state seeded."""
+
+
+def classes_of(model: nn.Module, clean: CleanSet) -> int:
+    """Count the classes of a network by its logits of two images, for some normalization cannot take one alone.
+
+    Example:
+        >>> import torch
+        >>> clean = CleanSet(torch.rand(1, 1, 2, 2), torch.tensor([0]))
+        >>> classes_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)
+        3
+    """
+    return logits(model, clean.take([0, -1]).to(device_of(model))).shape[1]

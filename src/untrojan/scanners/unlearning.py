@@ -28,8 +28,8 @@ NOISE = 0.1
 FOUND_SHARE = 0.5
 RULE = (
     f"found: every run came down to the accuracy floor, and one class leads both with noise and without and holds "
-    f"{FOUND_SHARE:.0%} of the predictions or more there; not_found: every run with noise came down and none without, "
-    "and different classes lead; inconclusive: anything else"
+    f"{FOUND_SHARE:.0%} of the predictions or more there on average; not_found: every run with noise came down and "
+    "none without, and different classes lead; inconclusive: anything else"
 )
 
 
@@ -74,7 +74,15 @@ class Unlearning:
         shown = clean if len(clean) > 1 else clean.take([0, 0])
         return shown.batches(size_with_enough_steps(len(shown), self.batch_size), generator, AUGMENTATIONS[view])
 
-    def unlearn(self, model: nn.Module, clean: CleanSet, seed: int, view: View, detail: str = "") -> Unlearned:
+    def unlearn(
+        self,
+        model: nn.Module,
+        clean: CleanSet,
+        seed: int,
+        view: View,
+        detail: str = "",
+        clip: float | None = None,
+    ) -> Unlearned:
         """Maximize the loss on clean images until the accuracy is gone.
 
         Not reaching the floor is a normal outcome and so is divergence: the last finite state is what is returned.
@@ -85,6 +93,7 @@ class Unlearning:
             seed: Decides order, augmentation and dropout.
             view: How the images are shown: as they are, with Gaussian noise, or cropped and flipped.
             detail: Which of several runs this is, for progress.
+            clip: Largest l2 norm of the gradient; a longer one is shortened to it.
         """
         generator = new_generator(seed)
         torch.manual_seed(seed)
@@ -104,6 +113,7 @@ class Unlearning:
             detail=detail,
             schedule=partial(MultiStepLR, milestones=[10, 20]),
             buffers=list(unlearned.buffers()),
+            clip=clip,
             stop=lambda epoch: epoch.accuracy <= self.floor,
         )
         trace = [
@@ -167,13 +177,14 @@ def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
         return Diagnosis(verdict="inconclusive", rule=RULE, targets=[], runs=runs)
     views = torch.stack([torch.stack(view).mean(0) for view in ends.values()])
     shares = views.mean(0)
-    agree = len(views.argmax(1).unique()) == 1
-    down = {view: [run.reached for run in runs if run.view == view] for view in ends}
     verdict: Verdict = "inconclusive"
-    if agree and all(map(all, down.values())) and shares.max() >= FOUND_SHARE:
-        verdict = "found"
-    elif not agree and all(down.get("noise", [False])) and not any(down.get("plain", [True])):
-        verdict = "not_found"
+    if ends.keys() == {"plain", "noise"}:
+        agree = len(views.argmax(1).unique()) == 1
+        plain, noise = ([run.reached for run in runs if run.view == view] for view in ("plain", "noise"))
+        if agree and all(plain + noise) and shares.max() >= FOUND_SHARE:
+            verdict = "found"
+        elif not agree and all(noise) and not any(plain):
+            verdict = "not_found"
     return Diagnosis(
         verdict=verdict,
         rule=RULE,
@@ -194,7 +205,7 @@ class UnlearningScanner(Unlearning, Scanner):
     natural features of it do, so half of the runs show the images with Gaussian noise, which takes these away.
 
     Attributes:
-        runs: How many unlearning runs, each on its own seed; every second one with noise.
+        runs: How many unlearning runs, each on its own seed; every second one with noise, so that a verdict takes two.
 
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.

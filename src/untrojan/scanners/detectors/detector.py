@@ -1,6 +1,5 @@
 """The base of every detector of poisoned samples."""
 
-import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, final
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import DataError, ModelError
-from untrojan.model import require, seeded
+from untrojan.model import copied, require, seeded
 from untrojan.record import Diagnosis
 from untrojan.scanners.suspects import Suspects
 
@@ -45,8 +44,8 @@ class Detector(ABC):
         with running_on(device_of(model)), seeded(seed):
             clean = clean.to(device_of(model))
             require_fit(model, clean, suspects)
-            copied = copy.deepcopy(model).eval().requires_grad_(False)
-            scores = self._score(copied, clean, suspects, diagnosis, seed).float().cpu()
+            frozen = copied(model).eval().requires_grad_(False)
+            scores = self._score(frozen, clean, suspects, diagnosis, seed).float().cpu()
         if scores.shape != suspects.labels.shape:
             raise ModelError(f"{self.name}: expected {len(suspects)} scores, got a tensor {tuple(scores.shape)}")
         if not torch.isfinite(scores).all():
@@ -60,7 +59,7 @@ class Detector(ABC):
 
 def require_fit(model: nn.Module, clean: CleanSet, suspects: Suspects) -> int:
     """Raise unless the clean images fit the model, and the samples fit both; give the model's number of classes."""
-    require(copy.deepcopy(model), clean)
+    require(copied(model), clean)
     if suspects.shape != clean.shape:
         sizes = ["x".join(map(str, shape)) for shape in (clean.shape, suspects.shape)]
         raise DataError(
