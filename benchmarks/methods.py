@@ -281,7 +281,8 @@ def page() -> str:
         "BatchNorm in searches. SAU, seed 2 of NFT and two cells of AWM one-shot, and TSBD on a CPU with 500 "
         "images, ran on a processor without bfloat16, which takes longer; so did ANP one-shot, whose first cell of "
         "gtsrb-badnets was suspended for some 23 of its 58 minutes. That of gtsrb-trojan_wm, and TSBD on the grid, "
-        "seed 2, ran beside up to four others, nearly twice as long as alone.",
+        "seed 2, ran beside up to four others, nearly twice as long as alone. So did ANP and SAU with 500 images where "
+        "they took over ten minutes, on two cores, where other cells took a GPU.",
     ]
     for setting in SETTINGS:
         if any((RECORDS / setting.replace(" ", "-")).glob("*.json")):
