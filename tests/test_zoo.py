@@ -145,6 +145,15 @@ def copied(filled, tmp_path):
     return Path(shutil.copytree(filled, tmp_path / "copied"))
 
 
+def rewritten(filled, tmp_path, name, old, new):
+    """A copy whose manifest and whose record of one model hold a text in place of another."""
+    root = copied(filled, tmp_path)
+    record = root / name / RECORD
+    record.write_text(record.read_text().replace(old, new))
+    (root / MANIFEST).write_text(manifest(root).to_json())
+    return root
+
+
 def test_what_differs_from_the_manifest_is_not_opened(filled, tmp_path):
     root = copied(filled, tmp_path)
     name, other = NAMES[1], NAMES[4]
@@ -180,10 +189,7 @@ def test_a_weight_that_was_changed_is_noticed(filled, tmp_path, file):
 
 
 def test_a_manifest_cannot_choose_what_code_runs(filled, tmp_path):
-    root = copied(filled, tmp_path)
-    record = root / NAMES[0] / RECORD
-    record.write_text(record.read_text().replace('"net": "digits-cnn"', '"net": "os:getcwd"'))
-    (root / MANIFEST).write_text(manifest(root).to_json())
+    root = rewritten(filled, tmp_path, NAMES[0], '"net": "digits-cnn"', '"net": "os:getcwd"')
     with pytest.raises(ConfigError, match="somebody's own code, 'os:getcwd'"):
         load(NAMES[0], root)
     assert load(NAMES[0], root, net="digits-cnn").record.net == "os:getcwd"
@@ -268,10 +274,7 @@ def test_a_record_that_does_not_tell_what_the_trigger_was_is_read_but_not_believ
 
 
 def test_an_attack_of_a_later_version_is_told_so(filled, tmp_path):
-    root = copied(filled, tmp_path)
-    record = root / NAMES[1] / RECORD
-    record.write_text(record.read_text().replace('"badnets"', '"later-attack"'))
-    (root / MANIFEST).write_text(manifest(root).to_json())
+    root = rewritten(filled, tmp_path, NAMES[1], '"badnets"', '"later-attack"')
     with pytest.raises(RecordError, match="an attack that is not known here, 'later-attack'; update untrojan"):
         load(NAMES[1], root)
 

@@ -249,6 +249,17 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
     return out
 
 
+def classes_of(model: nn.Module, clean: CleanSet) -> int:
+    """Count the classes of a network by its logits of two images, for some normalization cannot take one alone.
+
+    Example:
+        >>> clean = CleanSet(torch.rand(1, 1, 2, 2), torch.tensor([0]))
+        >>> classes_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)
+        3
+    """
+    return logits(model, clean.take([0, -1]).to(device_of(model))).shape[1]
+
+
 def correct(model: nn.Module, clean: CleanSet) -> Tensor:
     """Tell for each image whether the model gives its true label: bool `(N,)`."""
     return logits(model, clean).argmax(1) == clean.labels
@@ -328,6 +339,21 @@ def require(model: nn.Module, clean: CleanSet, learns: bool = True) -> None:
     problems = check(model, clean, learns)
     if problems:
         raise problems[0].error("; ".join(problem.text for problem in problems))
+
+
+def require_logits(model: nn.Module, images: CleanSet, who: str = "") -> None:
+    """Raise where a model gives no logits for images, which, unlike clean ones for a repair, may leave classes out.
+
+    Args:
+        model: Any network; it is not changed.
+        images: At least one.
+        who: What the text begins with.
+
+    Raises:
+        ModelError: It does not; all reasons in one error.
+    """
+    if texts := [problem.text for problem in check(model, images, learns=False) if problem.error is ModelError]:
+        raise ModelError(who + "; ".join(texts))
 
 
 def _usable(value: Tensor, may_be_infinite: bool) -> bool:

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.defenses.views import mixed, shifted, varied
 from untrojan.device import new_generator
-from untrojan.model import logits
+from untrojan.model import classes_of, logits
 from untrojan.record import Check, Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
-from untrojan.scanners.scanner import classes_of
 from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2

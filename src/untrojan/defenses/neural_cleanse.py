@@ -13,9 +13,9 @@ from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
+from untrojan.model import classes_of
 from untrojan.record import Diagnosis
 from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, cleanse, diagnose
-from untrojan.scanners.scanner import classes_of
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -16,9 +16,9 @@ from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
+from untrojan.model import classes_of
 from untrojan.record import Diagnosis
 from untrojan.scanners.neural_cleanse import anomaly_index
-from untrojan.scanners.scanner import classes_of
 from untrojan.scanners.unlearning import Unlearning, View, warn_of_missed_floor
 
 MOST = 2

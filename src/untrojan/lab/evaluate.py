@@ -12,7 +12,7 @@ from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.learned import Learned
-from untrojan.model import check, logits
+from untrojan.model import classes_of, logits, require_logits
 from untrojan.progress import stage
 from untrojan.record import MethodInfo, Rate
 from untrojan.registry import describe
@@ -102,12 +102,7 @@ def evaluate(
     trigger = state_sha256(learned) if learned else None
     if before is not None:
         _require_same(before, info, trigger, target, images_set.sha256)
-    if not len(images_set):
-        raise DataError("expected at least one image to measure the model on, got none")
-    # Test images, unlike clean ones for a repair, may leave classes out.
-    if problems := [problem.text for problem in check(model, images_set, learns=False) if problem.error is ModelError]:
-        raise ModelError("; ".join(problems))
-
+    classes = require_measurable(model, images_set)
     device = device_of(model)
     images_set = images_set.to(device)
     labels = images_set.labels
@@ -115,7 +110,6 @@ def evaluate(
     batches = math.ceil(len(images_set) / max(batch_size, 1))
     with running_on(device), stage("evaluate", total=passes * batches) as advance:
         out = logits(_Watched(model, None, advance), images_set, batch_size)
-        classes = _count_classes(out, labels)
         said = out.argmax(1)
         right = said == labels
         scores = Scores(
@@ -141,6 +135,24 @@ def evaluate(
         }
     )
     return scores if before is None else scores.model_copy(update={"der": der(before, scores)})
+
+
+def require_measurable(model: nn.Module, images: CleanSet) -> int:
+    """Raise where :func:`evaluate` could not measure a model on images; give the number of its classes.
+
+    Raises:
+        DataError: There are no images, or a label is no class of the model.
+        ModelError: The model cannot take the images, or does not give finite logits `(N, K)` with K ≥ 2.
+    """
+    if not len(images):
+        raise DataError("expected at least one image to measure the model on, got none")
+    require_logits(model, images)
+    classes, highest = classes_of(model, images), int(images.labels.max())
+    if classes < 2:
+        raise ModelError(f"expected logits (N, K) with K >= 2 from the model, got shape {(len(images), classes)}")
+    if highest >= classes:
+        raise DataError(f"expected labels from 0 to {classes - 1}, the model's classes, got label {highest}")
+    return classes
 
 
 def least_asr(scores: Scores, attack: Attack) -> float:
@@ -201,15 +213,6 @@ class _Watched(nn.Module):
         out = self._model(images if self._attack is None else self._attack.trigger(images))
         self._advance()
         return out
-
-
-def _count_classes(out: Tensor, labels: Tensor) -> int:
-    if out.shape[1] < 2:
-        raise ModelError(f"expected logits (N, K) with K >= 2 from the model, got shape {tuple(out.shape)}")
-    classes = out.shape[1]
-    if labels.max() >= classes:
-        raise DataError(f"expected labels from 0 to {classes - 1}, the model's classes, got label {int(labels.max())}")
-    return classes
 
 
 def _require_same(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.lab.evaluate import Scores, evaluate, least_asr
+from untrojan.lab.evaluate import Scores, evaluate, least_asr, require_measurable
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
@@ -192,8 +191,8 @@ def make_victim(
     with seeded(seed):
         images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
     require(net, images, learns=False)
-    evaluate(net, judge)
-    _require_attack(attack, target, rate, images, judge)
+    classes = require_measurable(net, judge)
+    _require_attack(attack, target, rate, images, judge, classes)
     device = device_of(net)
     with collected() as warned, running_on(device):
         images, judge = images.to(device), judge.to(device)
@@ -209,8 +208,6 @@ def make_victim(
         how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
-    with torch.no_grad():
-        classes = model(images.take([0]).floats()).shape[1]
     record = VictimRecord(
         status="trained" if attack is None else "backdoored" if _took(scores, attack) else "attack_did_not_take",
         reason=_reason(scores, attack),
@@ -342,7 +339,12 @@ def _rates(scores: Scores) -> list[str]:
 
 
 def _require_attack(
-    attack: Attack | None, target: Target | None, rate: float | None, images: CleanSet, judge: CleanSet
+    attack: Attack | None,
+    target: Target | None,
+    rate: float | None,
+    images: CleanSet,
+    judge: CleanSet,
+    classes: int,
 ) -> None:
     if (attack is None) != (target is None):
         raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
@@ -350,7 +352,6 @@ def _require_attack(
         if rate is not None:
             raise ConfigError(f"expected an attack with a poisoning rate, got rate {rate} alone")
         return
-    classes = int(images.labels.max()) + 1  # the network has as many, and there are images of each
     if images.num_classes > classes:
         raise DataError(
             f"the images name {images.num_classes} classes, but the network has {classes}; leave out the rest"

@@ -3,10 +3,9 @@
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.errors import ModelError
 from untrojan.lab.victim import train
 from untrojan.mask import products
-from untrojan.model import check, seeded, tapped
+from untrojan.model import require_logits, seeded, tapped
 from untrojan.sources.nets import build
 
 
@@ -34,8 +33,7 @@ def surrogate(clean: CleanSet, net: str, epochs: int, seed: int) -> nn.Module:
     """
     with seeded(seed):
         untrained = build(f"{net}:classes={clean.num_classes},channels={clean.shape[0]}")
-    if problems := [problem.text for problem in check(untrained, clean) if problem.error is ModelError]:
-        raise ModelError(f"{net}, the attacker's own network: {'; '.join(problems)}")
+    require_logits(untrained, clean, f"{net}, the attacker's own network: ")
     return train(untrained, clean, epochs, seed).requires_grad_(False)
 
 

@@ -15,10 +15,11 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit, size_with_enough_steps
+from untrojan.model import classes_of
 from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict
 from untrojan.scanners.aim import Aim
-from untrojan.scanners.scanner import Scanner, classes_of
+from untrojan.scanners.scanner import Scanner
 
 BATCH = 32
 IMAGES_AT_A_TIME = 256

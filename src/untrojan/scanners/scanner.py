@@ -7,7 +7,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import copied, logits, require, seeded, warn_of_chance
+from untrojan.model import classes_of, copied, require, seeded, warn_of_chance
 from untrojan.progress import timing
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
 from untrojan.registry import describe
@@ -77,15 +77,3 @@ class Scanner(ABC):
     @abstractmethod
     def _scan(self, model: nn.Module, clean: CleanSet, seed: int) -> Diagnosis:
         """Examine a copy of the model, with the random state seeded."""
-
-
-def classes_of(model: nn.Module, clean: CleanSet) -> int:
-    """Count the classes of a network by its logits of two images, for some normalization cannot take one alone.
-
-    Example:
-        >>> import torch
-        >>> clean = CleanSet(torch.rand(1, 1, 2, 2), torch.tensor([0]))
-        >>> classes_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)
-        3
-    """
-    return logits(model, clean.take([0, -1]).to(device_of(model))).shape[1]
