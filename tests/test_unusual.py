@@ -79,10 +79,17 @@ class Indexed(nn.Module):
 
 
 NETS = [ByBatch, IsALayer, ComputedHead, Indexed]
+NO_STATISTICS = "compares clean images with BatchNorm running statistics, and the network has none"
 SAYS = {
+    **{(name, IsALayer): "nothing to mask by neuron" for name in ("rnp", "anp", "bnp", "nft")},
+    **{(name, IsALayer): "nothing to mask by weight" for name in ("awm", "tsbd")},
+    ("clp", IsALayer): "nothing to mask by filter",
+    ("bnp", ByBatch): NO_STATISTICS,
+    ("bnp", ComputedHead): NO_STATISTICS,
+    ("clp", ByBatch): "CLP bounds channels that a convolution or linear layer makes, and no channel here is one",
+    ("fine-pruning", IsALayer): "in a network that is more than that layer",
+    ("fine-pruning", ComputedHead): "expected the last layer, head, to have a weight of its own",
     ("nad", IsALayer): "no layer of the network has an output with positions",
-    ("tsbd", IsALayer): "nothing to mask by weight",
-    ("nft", IsALayer): "nothing to mask by neuron",
     ("ulrl", ComputedHead): "a row for each class, got head with 0 rows of its own",
 }
 
@@ -90,7 +97,7 @@ nets = pytest.mark.parametrize("kind", NETS)
 
 
 @nets
-@pytest.mark.parametrize("name", ["i-bau", "nad", "sau", "npd", "neural-cleanse", "ulrl", "tsbd", "nft"])
+@pytest.mark.parametrize("name", DEFENSES)
 def test_methods_repair_it_or_say_why_not(name, kind, clean):
     torch.manual_seed(2)
     net = kind().eval()

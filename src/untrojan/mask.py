@@ -250,7 +250,7 @@ def products(model: nn.Module) -> list[str]:
         ['0', '3']
     """
     names, own = _layers(model, PRODUCTS), dict(model.named_parameters())
-    return [*(name for name in names[:-1] if _weight_of(name) in own), *names[-1:]]
+    return [*(name for name in names[:-1] if weight_of(name) in own), *names[-1:]]
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -338,7 +338,13 @@ def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _weight_of(layer: str) -> str:
+def weight_of(layer: str) -> str:
+    """Name the weight of a layer as in `model.named_parameters()`, also where the layer is the network itself.
+
+    Example:
+        >>> weight_of("head"), weight_of("")
+        ('head.weight', 'weight')
+    """
     return f"{layer}.weight".removeprefix(".")
 
 
@@ -346,14 +352,14 @@ def _channel_names(model: nn.Module) -> list[str]:
     own = dict(model.named_parameters())
     for kinds in (BATCH_NORMS, OTHER_NORMS):
         layers = [name for name in _layers(model, kinds) if not _over_places(model.get_submodule(name))]
-        names = [_weight_of(name) for name in layers if _weight_of(name) in own]
+        names = [weight_of(name) for name in layers if weight_of(name) in own]
         if names:
             return names
     return _weight_names(model)
 
 
 def _weight_names(model: nn.Module) -> list[str]:
-    return [_weight_of(name) for name in products(model)[:-1]]
+    return [weight_of(name) for name in products(model)[:-1]]
 
 
 def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:

@@ -100,8 +100,9 @@ class FinePruning(Tuning):
 
 def _head(model: nn.Module) -> str:
     names = products(model)
-    if not names:
-        raise ModelError("nothing to prune: expected a convolution or linear layer that gives the logits")
+    if not any(names):
+        text = "nothing to prune: expected a convolution or linear layer that gives the logits"
+        raise ModelError(f"{text}, in a network that is more than that layer")
     if f"{names[-1]}.weight" not in dict(model.named_parameters()):
         text = f"nothing to prune: expected the last layer, {names[-1]}, to have a weight of its own, not one that is"
         raise ModelError(f"{text} computed (torch.nn.utils.parametrize.remove_parametrizations undoes that) or shared")

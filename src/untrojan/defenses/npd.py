@@ -14,7 +14,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
-from untrojan.mask import products
+from untrojan.mask import products, weight_of
 from untrojan.model import call_with, watched
 from untrojan.record import Diagnosis
 
@@ -108,7 +108,7 @@ class NPD(Tuning):
         polarizer = torch.eye(weight.shape[1], dtype=fine, device=weight.device)
 
         def call(images: Tensor) -> Tensor:
-            return call_with(model, images, {f"{layer}.weight".removeprefix("."): _fold(weight, polarizer)})
+            return call_with(model, images, {weight_of(layer): _fold(weight, polarizer)})
 
         def warm_up(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = call(images)
