@@ -37,6 +37,7 @@ WITHOUT_MEANING = {
     ("clp", "vit"): NO_CHANNELS,
     ("rnp", "no-affine"): f"RNP {NO_SCALES}",
     ("anp", "no-affine"): f"ANP {NO_SCALES}",
+    ("nft", "no-affine"): f"NFT {NO_SCALES}",
 }
 
 methods = pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_only_scales_and_running_statistics_change(clean):
     assert after["1.num_batches_tracked"] == net[1].num_batches_tracked + 5
 
 
-@pytest.mark.parametrize("name", ["batchnorm", "plain", "groupnorm", "vit", "convnext", "shared", "tied", "no-affine"])
+@pytest.mark.parametrize("name", ["batchnorm", "plain", "groupnorm", "vit", "convnext", "shared", "tied"])
 def test_bounds_of_every_layer(name, clean):
     net = build(name)
     after = tuned(NFT(iterations=20, lr=50, alpha=0.6, beta=0.3, penalty=0), net, clean)

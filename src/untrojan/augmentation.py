@@ -55,3 +55,7 @@ def crop_flip(images: Tensor, generator: torch.Generator, padding: int = _PADDIN
     windows = crop(images, generator, padding)
     mirrored = torch.rand(len(images), generator=generator, device=generator.device).to(images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], windows.flip(3), windows)
+
+
+AUGMENTATIONS: dict[str, Augment | None] = {"none": None, "crop": crop, "crop-flip": crop_flip}
+"""By the names that methods and recipes have for them."""

@@ -2,28 +2,23 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from operator import index as whole_number
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from untrojan.augmentation import Augment
 from untrojan.errors import ConfigError, DataError, utf8
-from untrojan.readers import channels_first, check_alike, decoding, open_rows, pixels, stack, to_tensor
-
-Numbers = Tensor | np.ndarray
+from untrojan.loaders import Numbers, items, known_labels, parts
+from untrojan.readers import check_alike, checked_labels, open_rows
 
 _ROUNDING = 1e-6
 _GRID_ROUNDING = 1e-4
-_MAX_CLASSES = 1_000_000
 _IMAGES_AT_A_TIME = 256
 
 
@@ -58,7 +53,7 @@ class CleanSet:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        images, labels = _checked_images(self.images), _checked_labels(self.labels, self.images.device)
+        images, labels = _checked_images(self.images), checked_labels(self.labels, self.images.device)
         if len(labels) != len(images):
             raise DataError(f"expected one label per image, got {len(images)} images, {len(labels)} labels")
         object.__setattr__(self, "images", images)
@@ -106,7 +101,7 @@ class CleanSet:
         """
         subset = _Subset(samples, samples_per_class, seed)
         rows = open_rows(source)
-        labels = _checked_labels(rows.labels)
+        labels = checked_labels(rows.labels)
         if len(labels) == 0:
             raise DataError(f"{source} holds no images")
         chosen = subset.choose(labels)
@@ -144,16 +139,11 @@ class CleanSet:
         subset = _Subset(samples, samples_per_class, seed)
         if isinstance(data, CleanSet):
             return subset.draw(data)
-        if isinstance(data, DataLoader):
-            return subset.draw(_join((f"batch {number}", _pair(batch)) for number, batch in enumerate(data)))
-        if isinstance(data, IterableDataset):
-            return subset.draw(_join(_chunks((f"item {number}", item) for number, item in enumerate(data))))
         if isinstance(data, Dataset):
-            labels = _known_labels(data)
-            if labels is None:
-                return subset.draw(_join(_chunks(_items(data, range(_length(data))))))
-            return _join(_chunks(_items(data, subset.choose(labels).tolist())))
-        return subset.draw(_pair(data))
+            labels = known_labels(data)
+            if labels is not None:
+                return _join(items(data, subset.choose(labels).tolist()))
+        return subset.draw(_join(parts(data)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -452,88 +442,17 @@ def _on_grid(images: Tensor) -> Tensor:
     return grid
 
 
-def _checked_labels(labels: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise DataError(f"expected labels as whole numbers, got {labels.dtype}")
-    if labels.ndim != 1:
-        raise DataError(f"expected labels as (N,), got shape {tuple(labels.shape)}")
-    labels = labels.detach().to(device, torch.int64, copy=True)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
-        raise DataError(
-            f"expected labels from 0 to {_MAX_CLASSES - 1:,}, got {int(labels.min())} to {int(labels.max())}"
-        )
-    return labels
-
-
-def _known_labels(dataset: Dataset[Any]) -> Tensor | None:
-    for name in ("targets", "labels"):
-        try:
-            labels = _checked_labels(to_tensor(getattr(dataset, name, None)))
-        except DataError:
-            continue
-        if len(labels) == _length(dataset) > 0:
-            return labels
-    return None
-
-
-def _length(dataset: Dataset[Any]) -> int:
-    if isinstance(dataset, Sized):
-        return len(dataset)
-    raise DataError(f"expected a data set of known length, got {type(dataset).__name__}")
-
-
-def _items(dataset: Dataset[Any], chosen: Iterable[int]) -> Iterator[tuple[str, Any]]:
-    return ((f"item {row}", dataset[row]) for row in chosen)
-
-
-def _pair(data: Any) -> CleanSet:
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        raise DataError(
-            "expected a CleanSet, a pair (images, labels), a Dataset of (image, label) or a DataLoader of "
-            f"(images, labels), got {type(data).__name__}"
-        )
-    images, labels = data
-    return CleanSet(to_tensor(channels_first(images) if isinstance(images, np.ndarray) else images), to_tensor(labels))
-
-
-def _chunks(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, CleanSet]]:
-    rest = iter(items)
-    while chunk := [(name, *_image_and_label(item, name)) for name, item in islice(rest, _IMAGES_AT_A_TIME)]:
-        images = stack(((name, image) for name, image, _ in chunk), len(chunk))
-        yield chunk[0][0], CleanSet(images, torch.tensor([label for _, _, label in chunk]))
-
-
-def _image_and_label(item: Any, name: str) -> tuple[np.ndarray, int]:
-    try:
-        image, label = item
-        label = whole_number(label)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: expected a pair (image, label) with a whole number as label: {error}") from error
-    if isinstance(image, Image.Image):
-        with decoding(name):
-            return pixels(image, name), label
-    if isinstance(image, np.ndarray) and image.ndim == 2:
-        return image[None], label
-    if isinstance(image, np.ndarray) and image.ndim == 3:
-        return image.transpose(2, 0, 1), label
-    if isinstance(image, Tensor) and image.ndim == 3:
-        image = image.detach().cpu()
-        return (image.float() if image.dtype == torch.bfloat16 else image).numpy(), label
-    raise DataError(
-        f"{name}: expected a tensor (C, H, W), a Pillow image or an array (H, W, C), "
-        f"got {type(image).__name__} of shape {tuple(getattr(image, 'shape', ()))}"
-    )
-
-
 def _first(clean: CleanSet) -> np.ndarray:
     return _as_floats(clean.images[0]).cpu().numpy()
 
 
-def _join(parts: Iterable[tuple[str, CleanSet]]) -> CleanSet:
-    named = list(parts)
+def _join(loaded: Iterable[tuple[str, Tensor, Tensor]]) -> CleanSet:
+    named = [(name, CleanSet(images, labels)) for name, images, labels in loaded]
     if not named:
         raise DataError("expected at least one image, got none")
     first, reference = named[0]
+    if len(named) == 1:
+        return reference
     for name, part in named:
         check_alike(first, _first(reference), name, _first(part))
     packed = all(part.images.dtype == torch.uint8 for _, part in named)

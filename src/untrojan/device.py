@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, cause
 
 AUTO = "auto"
 
@@ -38,10 +38,8 @@ def chosen(name: str = AUTO) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # a torch that was built without CUDA asserts
-        cause = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"expected a device that torch can use, such as cpu or cuda, got {name!r}: {cause}"
-        ) from error
+        text = f"expected a device that torch can use, such as cpu or cuda, got {name!r}: {cause(error)}"
+        raise ConfigError(text) from error
     return device
 
 

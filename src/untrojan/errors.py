@@ -13,7 +13,7 @@
     ├── NoEffectWarning    a method changed nothing
     └── UnreliableWarning  the result stands on too little
 
-`cause`, `plain` and `enumerated` put what came from elsewhere into their texts.
+`cause`, `plain`, `visible` and `enumerated` put what came from elsewhere into their texts.
 """
 
 from collections.abc import Iterable
@@ -79,6 +79,17 @@ def plain(text: str) -> str:
     """
     text = text if len(text) <= 200 else text[:200] + "…"
     return text if text.isprintable() else ascii(text)
+
+
+def visible(text: str) -> str:
+    r"""Text that may hold names from untrusted files, so that none steers a terminal or turns the words around it.
+
+    Example:
+        >>> print(visible("a\x1b[31m\nb"))
+        a\x1b[31m
+        b
+    """
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 def utf8(text: str) -> str:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of
-from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError
+from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError, cause
 from untrojan.record import Rate
 
 _STATISTICS = ("running_mean", "running_var")
@@ -320,15 +320,17 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
     ]
     problems = [Problem(ModelError, f"weights hold NaN or infinity: {', '.join(bad)}")] if bad else []
     if len(clean) < 2:
-        problems.append(Problem(DataError, "expected at least 2 clean images, to fit and to hold out, got 1"))
+        text = f"expected at least 2 clean images, to fit and to hold out, got {len(clean)}"
+        problems.append(Problem(DataError, text))
+    if not len(clean):
+        return problems
     few = clean.take(range(min(2, len(clean)))).to(device_of(model)).floats()
     try:
         with mode(model, training=False), torch.no_grad():
             out = model(few.clone())
     except Exception as error:
         size = "x".join(map(str, clean.shape))
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        text = f"the model cannot take images of {size} (channels x height x width): {cause}"
+        text = f"the model cannot take images of {size} (channels x height x width): {cause(error)}"
         return [*problems, Problem(ModelError, text)]
     problems += _check_output(out, len(few), clean, weights_finite=not bad)
     return problems or (_check_gradient(model, few) if learns else [])
@@ -365,14 +367,14 @@ def _check_gradient(model: nn.Module, few: Tensor) -> list[Problem]:
         shown = few.clone().requires_grad_()
         try:
             torch.autograd.grad(model(shown).sum(), shown)
-            cause = "" if torch.equal(shown, few) else "it changes them in place"
-        except RuntimeError as error:
-            cause = str(error).strip().splitlines()[0]
-    if not cause:
+            why = "" if torch.equal(shown, few) else "it changes them in place"
+        except Exception as error:
+            why = cause(error)
+    if not why:
         return []
     text = (
         "expected gradients from the logits to the images, which are left as they are; run no part of the model under "
-        f"torch.no_grad, and normalize by `(images - mean) / std`, not in place: {cause}"
+        f"torch.no_grad, and normalize by `(images - mean) / std`, not in place: {why}"
     )
     return [Problem(ModelError, text)]
 

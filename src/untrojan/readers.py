@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from untrojan.errors import DataError, UnsafeFileError, UntrojanError
+from untrojan.errors import DataError, UnsafeFileError, UntrojanError, cause
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,6 +37,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _NPZ_PAIRS = (("images", "labels"), ("x", "y"), ("image", "label"))
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ROWS_AT_A_TIME = 64
+_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,28 @@ def to_tensor(values: Any) -> Tensor:
         return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     except (TypeError, ValueError) as error:
         raise DataError(f"expected an array of numbers, got {type(values).__name__}: {error}") from error
+
+
+def checked_labels(labels: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Copy labels to a device as int64.
+
+    Raises:
+        DataError: They are not whole numbers (N,) from 0 to 999,999.
+
+    Example:
+        >>> checked_labels(torch.tensor([0, 1], dtype=torch.uint8))
+        tensor([0, 1])
+    """
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise DataError(f"expected labels as whole numbers, got {labels.dtype}")
+    if labels.ndim != 1:
+        raise DataError(f"expected labels as (N,), got shape {tuple(labels.shape)}")
+    labels = labels.detach().to(device, torch.int64, copy=True)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
+        raise DataError(
+            f"expected labels from 0 to {_MAX_CLASSES - 1:,}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
@@ -263,11 +286,7 @@ def _reading(path: Path) -> Iterator[None]:
     except UntrojanError:
         raise
     except Exception as error:  # a reader may raise anything on hostile bytes
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"cannot read {path}: {cause(error)}") from error
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -351,7 +370,7 @@ def _open_parquet(files: list[Path]) -> Rows:
         with _reading(file), parquet.ParquetFile(file) as table:
             schema = table.schema_arrow
             features = _features(schema.metadata or {})
-            image, label = _image_and_label(schema.names, features, str(file))
+            image, label = _image_and_label_columns(schema.names, features, str(file))
             labels.append(_label_column(table.read([label]).column(label), str(file)))
             image_columns.append(image)
             names.append(_class_names(features.get(label)))
@@ -415,14 +434,14 @@ def _open_hub(source: str) -> Rows:
     except Exception as error:  # the Hub client lets errors of several network libraries through
         raise DataError(
             f"no such file or folder: {source}; and the Hugging Face Hub could not be reached or has no such "
-            f"data set with a split named train ({_reason(error)})"
+            f"data set with a split named train ({cause(error)})"
         ) from error
     return _open_dataset(dataset, source)
 
 
 def _open_dataset(dataset: Any, where: str) -> Rows:
     features = dataset.features.to_dict()
-    image, label = _image_and_label(dataset.column_names, features, where)
+    image, label = _image_and_label_columns(dataset.column_names, features, where)
     labels = _label_column(dataset.with_format("arrow", columns=[label])[:].column(label), where)
     cells = dataset.with_format("arrow", columns=[image])
 
@@ -455,7 +474,7 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _image_and_label(columns: Sequence[str], features: Mapping[str, Any], where: str) -> tuple[str, str]:
+def _image_and_label_columns(columns: Sequence[str], features: Mapping[str, Any], where: str) -> tuple[str, str]:
     kinds = {(name, feature["_type"]) for name, feature in features.items() if _is_typed(feature)}
 
     def find(kind: str, usual: tuple[str, ...]) -> str:

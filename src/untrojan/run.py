@@ -19,15 +19,15 @@ from untrojan.sources.files import Checkpoint, state_sha256
 
 
 @contextlib.contextmanager
-def collected() -> Iterator[list[warnings.WarningMessage]]:
-    """Collect untrojan's warnings for the record, and give them to the caller in the end, also where it raises."""
+def collected() -> Iterator[list[str]]:
+    """Collect what untrojan warns of for the record, and give them to the caller in the end, also where it raises."""
     caught: list[warnings.WarningMessage] = []
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UntrojanWarning)
-            ours: list[warnings.WarningMessage] = []
+            ours: list[str] = []
             yield ours
-            ours.extend(warning for warning in caught if issubclass(warning.category, UntrojanWarning))
+            ours.extend(str(warning.message) for warning in caught if issubclass(warning.category, UntrojanWarning))
     finally:
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

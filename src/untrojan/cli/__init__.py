@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from untrojan import __version__
-from untrojan.errors import ConfigError, UntrojanError, UntrojanWarning
+from untrojan.errors import ConfigError, UntrojanError, UntrojanWarning, visible
 
 FAILED, UNSUPPORTED, USAGE, INTERRUPTED = 2, 3, 4, 130
 
@@ -130,11 +130,6 @@ def _reason(error: OSError | SystemExit) -> str:
     return f"cannot finish: {error.strerror or error}{where}; no file was left half-written, so run it again when cured"
 
 
-def printable(text: str) -> str:
-    """Text that may hold names from untrusted files, so that it cannot steer a terminal."""
-    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
-
-
 def _fail(text: str, code: int) -> int:
     _say(text)
     return code
@@ -146,4 +141,4 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
-        click.echo(f"untrojan: {printable(text)}", err=True)
+        click.echo(f"untrojan: {visible(text)}", err=True)

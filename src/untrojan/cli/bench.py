@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli import FAILED, printable
+from untrojan.cli import FAILED
 from untrojan.cli.options import quiet_option, require_file_output, require_output, working
-from untrojan.errors import ConfigError, RecordError
+from untrojan.errors import ConfigError, RecordError, visible
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
 from untrojan.lab.processes import Processes, begin
@@ -56,7 +56,7 @@ def run(
     earlier = failures(cells, out)
     told = [f"failed earlier: {path}; remove it to run the cell again" for path in earlier]
     if dry_run:
-        click.echo(printable("\n".join([*_planned(plan(cells, out), len(cells), size), *told])))
+        click.echo(visible("\n".join([*_planned(plan(cells, out), len(cells), size), *told])))
         return FAILED if earlier else 0
     with working(quiet):
         ran = run_cells(cells, out, Processes(size) if ray is None else Cluster(ray, jobs, gpus or 0.0))

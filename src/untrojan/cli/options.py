@@ -8,6 +8,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -122,6 +123,11 @@ def _option(field: FieldInfo) -> click.Option:
     )
 
 
+def in_order(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Add options so that `--help` lists them in this order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
 def run_options(method: str, help: str) -> Callable[[Command], Command]:
     """Add what every run of a method takes: a model, clean images, the method, and where to write.
 
@@ -129,28 +135,14 @@ def run_options(method: str, help: str) -> Callable[[Command], Command]:
         method: The method that runs where none is chosen.
         help: What to say about `--method`.
     """
-
-    def add(command: Command) -> Command:
-        for option in (
-            click.option("--force", is_flag=True, help="Replace the run that is in the folder."),
-            click.option(
-                "--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into."
-            ),
-            click.option("--method", default=method, show_default=True, metavar="NAME", help=help),
-            seed_option("Draws the images and drives the method."),
-            sample_options,
-            click.option(
-                "--clean",
-                required=True,
-                metavar="DATA",
-                help="Clean images: parquet, folder per class, npz, or Hub id.",
-            ),
-            net_options,
-        ):
-            command = option(command)
-        return command
-
-    return add
+    return in_order(
+        net_options,
+        clean_option,
+        sample_options,
+        seed_option("Draws the images and drives the method."),
+        click.option("--method", default=method, show_default=True, metavar="NAME", help=help),
+        output_options,
+    )
 
 
 def as_called(record: R, ctx: click.Context) -> R:
@@ -161,59 +153,57 @@ def as_called(record: R, ctx: click.Context) -> R:
     )
 
 
-def device_option(command: Command) -> Command:
-    """Add `--device`, which :func:`untrojan.device.chosen` takes."""
-    return click.option(
-        "--device", default=AUTO, show_default=True, help="Such as cpu or cuda:1; auto takes a GPU where there is one."
-    )(command)
+device_option = click.option(
+    "--device", default=AUTO, show_default=True, help="Such as cpu or cuda:1; auto takes a GPU where there is one."
+)
+"""`--device`, which :func:`untrojan.device.chosen` takes."""
 
+net_options = in_order(
+    click.argument("model"),
+    click.option(
+        "--net",
+        required=True,
+        help="Architecture, such as small-vgg:classes=10, or package.module:callable of your own.",
+    ),
+    click.option(
+        "--mean",
+        type=Numbers(),
+        metavar="M,M,M",
+        help="Mean per channel, where the network was trained on normalized images.",
+    ),
+    click.option("--std", type=Numbers(), metavar="S,S,S", help="Deviation per channel; comes with --mean."),
+    device_option,
+)
+"""What is needed to open a model: the file, the architecture, normalization, and the device."""
 
-def net_options(command: Command) -> Command:
-    """Add what is needed to open a model: the file, the architecture, normalization, and the device."""
-    for option in (
-        device_option,
-        click.option("--std", type=Numbers(), metavar="S,S,S", help="Deviation per channel; comes with --mean."),
-        click.option(
-            "--mean",
-            type=Numbers(),
-            metavar="M,M,M",
-            help="Mean per channel, where the network was trained on normalized images.",
-        ),
-        click.option(
-            "--net",
-            required=True,
-            help="Architecture, such as small-vgg:classes=10, or package.module:callable of your own.",
-        ),
-        click.argument("model"),
-    ):
-        command = option(command)
-    return command
+clean_option = click.option(
+    "--clean", required=True, metavar="DATA", help="Clean images: parquet, folder per class, npz, or Hub id."
+)
+"""`--clean`."""
 
+sample_options = in_order(
+    click.option("--samples", type=_AT_LEAST_ONE, metavar="N", help="Draw N images, spread evenly over the classes."),
+    click.option("--samples-per-class", type=_AT_LEAST_ONE, metavar="N", help="Draw exactly N images of each class."),
+)
+"""What draws a subset of images."""
 
-def sample_options(command: Command) -> Command:
-    """Add the options that draw a subset of images."""
-    for option in (
-        click.option(
-            "--samples-per-class", type=_AT_LEAST_ONE, metavar="N", help="Draw exactly N images of each class."
-        ),
-        click.option(
-            "--samples", type=_AT_LEAST_ONE, metavar="N", help="Draw N images, spread evenly over the classes."
-        ),
-    ):
-        command = option(command)
-    return command
+attack_options = in_order(
+    click.option("--attack", metavar="SPEC", help="Such as badnets:size=4,row=27,col=27,value=1; comes with --target."),
+    click.option("--target", type=TargetLabel(), help="Class that the attacker wants, or all-to-all."),
+)
+"""`--attack` and `--target`."""
 
+output_options = in_order(
+    click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into."),
+    click.option("--force", is_flag=True, help="Replace what an earlier run left in the folder."),
+)
+"""`--out` and `--force`."""
 
-def attack_options(command: Command) -> Command:
-    """Add `--attack` and `--target`."""
-    for option in (
-        click.option("--target", type=TargetLabel(), help="Class that the attacker wants, or all-to-all."),
-        click.option(
-            "--attack", metavar="SPEC", help="Such as badnets:size=4,row=27,col=27,value=1; comes with --target."
-        ),
-    ):
-        command = option(command)
-    return command
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress and no warnings.")
+"""`--quiet`."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+"""`--json`."""
 
 
 def seed_option(help: str) -> Callable[[Command], Command]:
@@ -221,16 +211,6 @@ def seed_option(help: str) -> Callable[[Command], Command]:
     return click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0, show_default=True, help=help
     )
-
-
-def quiet_option(command: Command) -> Command:
-    """Add `--quiet`."""
-    return click.option("-q", "--quiet", is_flag=True, help="Show no progress and no warnings.")(command)
-
-
-def json_option(command: Command) -> Command:
-    """Add `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
 def value_of(field: FieldInfo) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli import printable
 from untrojan.cli.options import (
     WithMethodOptions,
     as_called,
@@ -18,7 +17,7 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.defenses.defense import CHANGES, REPAIRED, Defense
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, visible
 from untrojan.record import Rate, Record
 from untrojan.registry import discover
 from untrojan.report import finding
@@ -56,7 +55,7 @@ def repair(
         done = defense.repair(network, images, seed=seed, source=source)
     record = as_called(done.record, ctx)
     replace(done, record=record).save(out, force)
-    click.echo((out / RECORD).read_text("utf-8") if as_json else printable(_summary(record, out)), nl=not as_json)
+    click.echo((out / RECORD).read_text("utf-8") if as_json else visible(_summary(record, out)), nl=not as_json)
     return EXIT_CODES[record.status]
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli import printable
 from untrojan.cli.options import (
     EXIT_CODES,
     WithMethodOptions,
@@ -17,7 +16,7 @@ from untrojan.cli.options import (
     run_options,
     working,
 )
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, visible
 from untrojan.record import ScanRecord
 from untrojan.registry import discover
 from untrojan.report import evidence, finding
@@ -56,7 +55,7 @@ def scan(
     if as_json or sarif:
         click.echo((out / (SARIF if sarif else RECORD)).read_text("utf-8"), nl=False)
     else:
-        click.echo(printable(_summary(record, out)))
+        click.echo(visible(_summary(record, out)))
     return EXIT_CODES[record.diagnosis.verdict]
 
 

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli import printable
 from untrojan.cli.options import (
     EXIT_CODES,
     as_called,
+    clean_option,
     json_option,
     net_options,
     open_inputs,
+    output_options,
     quiet_option,
     require_output,
     sample_options,
     seed_option,
     working,
 )
+from untrojan.errors import visible
 from untrojan.registry import discover, parse
 from untrojan.report import finding
 from untrojan.scanners.detectors.detector import Detector
@@ -28,7 +30,7 @@ from untrojan.writing import RECORD, REPORT
 
 @click.command()
 @net_options
-@click.option("--clean", required=True, metavar="DATA", help="Clean images: parquet, folder per class, npz, or Hub id.")
+@clean_option
 @sample_options
 @click.option(
     "--suspects", required=True, metavar="DATA", help="The training set with its labels; it may exceed the memory."
@@ -52,8 +54,7 @@ from untrojan.writing import RECORD, REPORT
     show_default=True,
     help="How many of the most suspicious images to show on the page.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make and write into.")
-@click.option("--force", is_flag=True, help="Replace the screening that is in the folder.")
+@output_options
 @json_option
 @quiet_option
 @click.pass_context
@@ -81,7 +82,7 @@ def screen(
         done = rank(network, images, suspects, detectors=chosen, seed=seed, shown=shown, source=source)
         record = as_called(done.record, ctx)
         dataclasses.replace(done, record=record).save(out, force)
-    click.echo(record.to_json() if as_json else printable(_summary(record, out)), nl=not as_json)
+    click.echo(record.to_json() if as_json else visible(_summary(record, out)), nl=not as_json)
     return EXIT_CODES[record.diagnosis.verdict]
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from untrojan.cli import printable
 from untrojan.cli.evaluate import table
 from untrojan.cli.options import (
     attack_options,
@@ -21,7 +20,7 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.device import chosen
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, visible
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, checkpoint_of, make_victim
 from untrojan.model import seeded
@@ -96,7 +95,7 @@ def train(
         )
     record = victim.record.model_copy(update={"net": net, "command": shlex.join(["untrojan", *ctx.obj])})
     victim._replace(record=record).save(out, force)
-    click.echo(record.to_json() if as_json else printable(_summary(record, out)), nl=not as_json)
+    click.echo(record.to_json() if as_json else visible(_summary(record, out)), nl=not as_json)
     return EXIT_CODES[record.status]
 
 

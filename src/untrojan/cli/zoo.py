@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from untrojan.cli import FAILED, printable
+from untrojan.cli import FAILED
 from untrojan.cli.options import quiet_option, require_output, working
+from untrojan.errors import visible
 from untrojan.lab.zoo import MANIFEST, Zoo, fill
 
 
@@ -26,7 +27,7 @@ def zoo(zoo_file: Path, out: Path, quiet: bool) -> int:
     results, failed = sys.stdout, 0
     with working(quiet):
         for outcome in fill(asked, out):
-            click.echo(printable(str(outcome)), file=results)
+            click.echo(visible(str(outcome)), file=results)
             failed += outcome.entry is None
     click.echo(f"wrote {out / MANIFEST}" + (f"; {failed} failed" if failed else ""))
     return FAILED if failed else 0

@@ -11,9 +11,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from untrojan.augmentation import AUGMENTATIONS
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
-from untrojan.defenses.tuning import AUGMENTATIONS
 from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit
 from untrojan.mask import Mask, require_effect
@@ -140,11 +140,7 @@ class ANP(Pruning):
             detail=detail,
             project=project,
         )
-        mask = mask.map(torch.Tensor.detach)
-        if self.variant == "released":
-            return mask.map(lambda value: value.mul(1e4).round().div(1e4))
-        order = iter(-count / self.iterations for count in at_zero)
-        return mask.map(lambda value: torch.where(value > 0, value, next(order)))
+        return self.ordered(mask, [-count / self.iterations for count in at_zero])
 
     def _perturb(
         self, model: nn.Module, mask: Mask, images: Tensor, labels: Tensor, generator: torch.Generator

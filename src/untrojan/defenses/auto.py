@@ -85,6 +85,9 @@ class Auto(Tuning):
         steps: Updates per round and label.
         search_steps: Batches of 64 stamped images per search for patches.
         lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end.
+        batch_size: Clean images per step, drawn with replacement; as many others carry a trigger.
+        augment: How images are varied in training: `none`, or `crop-flip`, a shift by up to an eighth of the shorter
+            side and a mirror image now and then, labelled by the original.
 
     Needs:
         Clean images.

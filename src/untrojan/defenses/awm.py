@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from untrojan.augmentation import crop_flip
+from untrojan.augmentation import AUGMENTATIONS, crop_flip
 from untrojan.data import CleanSet
-from untrojan.defenses.tuning import AUGMENTATIONS, Tuning
+from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
 from untrojan.fit import fit

@@ -89,9 +89,6 @@ class CLP(Outliers):
             raise ModelError("CLP bounds channels that a convolution or linear layer makes, and no channel here is one")
         return bounds
 
-    def _cross_fits(self) -> bool:
-        return True
-
     def _factor(self, norm: nn.Module) -> Tensor:
         """How much a normalization scales each channel, as far as its state tells: `(channels,)` or `()`."""
         state = norm.state_dict()

@@ -205,7 +205,7 @@ class Defense(ABC):
             seconds=seconds,
             peak_memory_bytes=peak_memory(device),
             environment=environment(device),
-            warnings=[str(warning.message) for warning in caught],
+            warnings=caught,
         )
         return Repair(outcome.model, record, parent, child)
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import within
-from untrojan.defenses.tuning import Tuning
+from untrojan.defenses.tuning import Tuning, tangent
 from untrojan.device import new_generator
 from untrojan.fit import fit, learnable
 from untrojan.model import correct
@@ -166,9 +166,7 @@ class IBAU(Tuning):
             out = model(images + self._chosen(len(images), generator) * found.values)
             outer = functional.cross_entropy(out, labels)
             slopes = self._hypergradient(model, parameters, outer, found)
-            # The value is that of the outer loss; the gradient is the one just found.
-            moves = ((each - each.detach()) * slope for each, slope in zip(parameters, slopes, strict=True))
-            return outer.detach() + sum(move.sum() for move in moves), out
+            return tangent(outer, parameters, slopes), out
 
         done = fit(
             parameters,

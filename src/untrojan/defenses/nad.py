@@ -16,7 +16,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
 from untrojan.errors import ModelError
-from untrojan.fit import Step, fit
+from untrojan.fit import Step, fit, supervised
 from untrojan.mask import products
 from untrojan.model import tapped
 from untrojan.record import Diagnosis
@@ -89,12 +89,7 @@ class NAD(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Fine-tune a teacher, then train the model with its attention."""
         teacher = copy.deepcopy(model).train()
-
-        def supervised(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            out = teacher(images)
-            return functional.cross_entropy(out, labels), out
-
-        self._train(teacher, supervised, clean, self.teacher_epochs, seed, "fine-tune teacher")
+        self._train(teacher, supervised(teacher), clean, self.teacher_epochs, seed, "fine-tune teacher")
         self._distill(teacher.eval().requires_grad_(False), model.train(), clean, seed)
         return model
 

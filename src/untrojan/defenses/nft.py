@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from untrojan.augmentation import AUGMENTATIONS
 from untrojan.data import CleanSet
-from untrojan.defenses.tuning import AUGMENTATIONS, Tuning
+from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.mask import Mask
+from untrojan.mask import Mask, require_effect
 from untrojan.record import Diagnosis
 
 _LAST_LR = 0.4
@@ -30,7 +31,7 @@ class NFT(Tuning):
     trigger to be resisted. Few multipliers in place of all weights, and a penalty on the distance to 1, keep the clean
     accuracy with as little as one image per class. A lower bound per layer, alpha exp(-beta layer), keeps the first
     layers, whose features all classes share, near what they were. The multipliers are folded in as they are; nothing
-    is pruned outright.
+    is pruned outright. A network where normalization undoes every change of a neuron's scale is refused.
 
     Attributes:
         batch_size: Images per step, drawn with replacement.
@@ -80,8 +81,13 @@ class NFT(Tuning):
     penalty: float = Field(default=0.001, ge=0)
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
-        """Learn the masks in training mode, the weights frozen, and fold them in."""
+        """Learn the masks in training mode, the weights frozen, and fold them in.
+
+        Raises:
+            ModelError: Normalization undoes every change of a neuron's scale.
+        """
         model.train().requires_grad_(False)
+        require_effect(model, clean.take([0, -1]).floats(), "NFT")
         generator = new_generator(seed)
         mask = Mask.ones(model, "neuron")
         multipliers = list(mask.values.values())

@@ -14,6 +14,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ConfigError, ModelError
+from untrojan.fit import supervised
 from untrojan.mask import products, weight_of
 from untrojan.model import call_with, watched
 from untrojan.record import Diagnosis
@@ -110,10 +111,6 @@ class NPD(Tuning):
         def call(images: Tensor) -> Tensor:
             return call_with(model, images, {weight_of(layer): _fold(weight, polarizer)})
 
-        def warm_up(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            out = call(images)
-            return functional.cross_entropy(out, labels), out
-
         train = partial(
             sgd_cosine,
             model,
@@ -121,7 +118,9 @@ class NPD(Tuning):
             weight_decay=self.weight_decay,
             parameters=[polarizer],
         )
-        train(lr=self.warmup_lr, last_lr=self.warmup_lr, epochs=self.warmup_epochs, step=warm_up, name="warm up")
+        train(
+            lr=self.warmup_lr, last_lr=self.warmup_lr, epochs=self.warmup_epochs, step=supervised(call), name="warm up"
+        )
         train(lr=self.lr, epochs=self.epochs, step=partial(self._step, call), name="polarize")
         with torch.no_grad():
             weight.copy_(_fold(weight, polarizer))

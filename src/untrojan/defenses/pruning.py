@@ -1,13 +1,14 @@
 """The base of the defenses that give every unit a score and prune the lowest."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import losses, within
@@ -60,6 +61,14 @@ class Pruning(Defense):
             detail: Which of several rounds this is, for progress.
         """
 
+    def ordered(self, learned: Mask, at_zero: Sequence[Tensor]) -> Mask:
+        """Make scores of multipliers in [0, 1]; those at 0 get what tells them apart, in [-1, 0), unless `released`."""
+        learned = learned.map(Tensor.detach)
+        if self.variant == "released":
+            return learned.map(lambda value: value.mul(1e4).round().div(1e4))
+        order = iter(at_zero)
+        return learned.map(lambda value: torch.where(value > 0, value, next(order)))
+
     def _demands(self, scores: Mask, kept: Mask) -> list[Check]:
         """What the method itself asks of a pruning."""
         return []
@@ -92,7 +101,7 @@ class Pruning(Defense):
             kept.bake(model),
             before,
             before if chosen is None else right[chosen],
-            self._cross_fits(),
+            self.data_free or self.variant == "fixed",
             checks,
             Selection(
                 rule=self._rule(),
@@ -103,12 +112,9 @@ class Pruning(Defense):
             kept,
         )
 
-    def _cross_fits(self) -> bool:
-        return self.variant == "fixed"
-
     def _parts(self, model: nn.Module, clean: CleanSet, whole: Mask, seed: int) -> list[HeldOut]:
         """Scores with the images to judge them on."""
-        if self.data_free or not self._cross_fits():
+        if self.data_free or self.variant == "released":
             return [HeldOut(whole, clean)]
         folds = clean.folds(self.folds, seed)
         return [

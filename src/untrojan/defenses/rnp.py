@@ -9,16 +9,15 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
 from untrojan.device import device_of, new_generator, running_on
-from untrojan.fit import fit, size_without_single
+from untrojan.fit import fit, size_without_single, supervised
 from untrojan.mask import Mask, require_effect
 from untrojan.model import seeded
 from untrojan.record import Check, UnlearningRun
-from untrojan.scanners.unlearning import AUGMENTATIONS, Unlearning, View, warn_of_missed_floor
+from untrojan.scanners.unlearning import VIEWS, Unlearning, View, warn_of_missed_floor
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -92,12 +91,12 @@ class RNP(Unlearning, Pruning):
     recover_lr: float = Field(default=0.04, gt=0)
     recover_epochs: int = Field(default=20, ge=1)
 
-    def batches(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
+    def viewed(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the images once, shuffled; `released` never makes the batches smaller."""
         if self.variant == "released":
             size = size_without_single(len(clean), self.batch_size)
-            return clean.batches(size, generator, AUGMENTATIONS[view])
-        return super().batches(clean, generator, view)
+            return clean.batches(size, generator, VIEWS[view])
+        return super().viewed(clean, generator, view)
 
     def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
         """Score every neuron by the multiplier that recovery leaves it."""
@@ -123,7 +122,7 @@ class RNP(Unlearning, Pruning):
             require_effect(copy.deepcopy(model), clean.take([0, -1]).floats(), "RNP")
             unlearned, run = self.unlearn(model, clean, seed, view, detail)
             if not run.reached:
-                warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
+                warn_of_missed_floor(run.trace, self.floor)
             return Learned(self._recover(unlearned, clean, seed, detail), run)
 
     def _recover(self, unlearned: nn.Module, clean: CleanSet, seed: int, detail: str) -> Mask:
@@ -134,10 +133,6 @@ class RNP(Unlearning, Pruning):
         sums = [torch.ones_like(value) for value in masked]
         steps = 1
 
-        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            out = mask.call(unlearned, images)
-            return functional.cross_entropy(out, labels), out
-
         def project() -> None:
             nonlocal steps
             steps += 1
@@ -146,19 +141,15 @@ class RNP(Unlearning, Pruning):
 
         fit(
             masked,
-            step,
-            lambda: self.batches(clean, generator, "crop-flip"),
+            supervised(partial(mask.call, unlearned)),
+            lambda: self.viewed(clean, generator, "crop-flip"),
             partial(torch.optim.SGD, lr=self.recover_lr, momentum=0.9),
             self.recover_epochs,
             name="recover",
             detail=detail,
             project=project,
         )
-        mask = mask.map(torch.Tensor.detach)
-        if self.variant == "released":
-            return mask.map(lambda value: value.mul(1e4).round().div(1e4))
-        earliness = iter(total / steps - 1 for total in sums)
-        return mask.map(lambda value: torch.where(value > 0, value, next(earliness)))
+        return self.ordered(mask, [total / steps - 1 for total in sums])
 
     def _demands(self, scores: Mask, kept: Mask) -> list[Check]:
         return [_prunes_masked(scores, kept)]

@@ -1,7 +1,6 @@
 """TSBD: zero the weights that unlearning changes most, then fine-tune where the loss is flat."""
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.defenses.tuning import Tuning, boldest, gradients, moved
+from untrojan.defenses.tuning import Tuning, boldest, gradients, moved, sgd_cosine, tangent
 from untrojan.device import new_generator
-from untrojan.fit import fit, learnable
+from untrojan.fit import fit, learnable, supervised
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
 from untrojan.scanners.unlearning import warn_of_missed_floor
@@ -116,13 +115,9 @@ class TSBD(Tuning):
         unlearned = copy.deepcopy(model).train()
         floor = max(self.floor, max(clean.counts) / len(clean))
 
-        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            out = unlearned(images)
-            return -functional.cross_entropy(out, labels), out
-
         done = fit(
             list(unlearned.parameters()),
-            step,
+            supervised(unlearned, sign=-1),
             partial(self.batches, clean, new_generator(seed)),
             partial(torch.optim.SGD, lr=self.unlearn_lr, momentum=0.9),
             self.unlearn_epochs,
@@ -131,7 +126,7 @@ class TSBD(Tuning):
             stop=lambda epoch: epoch.accuracy <= floor,
         )
         if not done.stopped:
-            warn_of_missed_floor(done.epochs[-1].accuracy if done.epochs else None, floor)
+            warn_of_missed_floor(done.epochs, floor)
         return unlearned
 
     def _fine_tune(self, model: nn.Module, clean: CleanSet, seed: int) -> None:
@@ -143,17 +138,10 @@ class TSBD(Tuning):
             slopes = gradients(here, weights)
             uphill = [self.r * slope / (slope.norm() + _TINY) for slope in slopes]
             there = functional.cross_entropy(moved(model, images, uphill), labels)
-            return (1 - self.alpha) * _tangent(here, weights, slopes) + self.alpha * there, out
+            return (1 - self.alpha) * tangent(here, weights, slopes) + self.alpha * there, out
 
-        fit(
-            weights,
-            step,
-            partial(self.batches, clean, new_generator(seed)),
-            partial(torch.optim.SGD, lr=self.lr, momentum=0.9),
-            self.epochs,
-            name="fine-tune",
-            buffers=list(model.buffers()),
-        )
+        batches = partial(self.batches, clean, new_generator(seed))
+        sgd_cosine(model, batches, lr=self.lr, last_lr=self.lr, epochs=self.epochs, step=step)
 
 
 def _most_changed(model: nn.Module, unlearned: nn.Module, m: float) -> Mask:
@@ -179,9 +167,3 @@ def _most_changed(model: nn.Module, unlearned: nn.Module, m: float) -> Mask:
 def _places(values: Tensor) -> Tensor:
     """The place of each value along the last dimension, 0 for the largest."""
     return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-
-
-def _tangent(loss: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """A loss with the same value and gradient, whose backward pass is already paid for."""
-    rise = sum(((w - w.detach()) * slope).sum() for w, slope in zip(weights, slopes, strict=True))
-    return loss.detach() + rise

@@ -10,19 +10,16 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from untrojan.augmentation import crop_flip
+from untrojan.augmentation import AUGMENTATIONS
 from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps
+from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps, supervised
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis
-
-AUGMENTATIONS = {"none": None, "crop-flip": crop_flip}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -76,7 +73,6 @@ def sgd_cosine(
     epochs: int,
     weight_decay: float = 0.0,
     last_lr: float = 0.0,
-    nesterov: bool = False,
     step: Step | None = None,
     parameters: Sequence[Tensor] | None = None,
     project: Callable[[], object] | None = None,
@@ -91,22 +87,16 @@ def sgd_cosine(
         epochs: Passes over the data; 0 does nothing.
         weight_decay: At least 0.
         last_lr: Learning rate at the end.
-        nesterov: Whether the momentum is Nesterov's.
         step: From images and labels to loss and logits; the cross-entropy of the model where it is not given.
         parameters: What is trained; all of the model where it is not given.
         project: Called after each update.
         name: What the work is called in progress and timings.
     """
-
-    def cross_entropy(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        out = model(images)
-        return functional.cross_entropy(out, labels), out
-
     return fit(
         list(model.parameters()) if parameters is None else parameters,
-        step or cross_entropy,
+        step or supervised(model),
         batches,
-        partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov),
+        partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
         epochs,
         name=name,
         schedule=partial(CosineAnnealingLR, T_max=max(epochs, 1), eta_min=last_lr),
@@ -118,6 +108,12 @@ def sgd_cosine(
 def gradients(loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Give the gradient by each of the weights; zeros where the loss does not depend on them."""
     return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+
+
+def tangent(loss: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """Give a loss of the same value, with the slopes as its gradient by the weights and its backward pass paid for."""
+    rise = sum(((weight - weight.detach()) * slope).sum() for weight, slope in zip(weights, slopes, strict=True))
+    return loss.detach() + rise
 
 
 def moved(model: nn.Module, images: Tensor, moves: Sequence[Tensor]) -> Tensor:

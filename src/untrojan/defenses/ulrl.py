@@ -1,7 +1,6 @@
 """ULRL: unlearn, start the rows of the last layer that moved too far from scratch, and relearn."""
 
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,7 +18,7 @@ from untrojan.mask import products
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
 from untrojan.scanners.neural_cleanse import anomaly_index
-from untrojan.scanners.unlearning import Unlearning, View, warn_of_missed_floor
+from untrojan.scanners.unlearning import Unlearning, warn_of_missed_floor
 
 MOST = 2
 _CLIP = 20.0
@@ -89,14 +88,6 @@ class ULRL(Unlearning, Tuning):
     epochs: int = Field(default=20, ge=1)
     weight_decay: float = Field(default=5e-4, ge=0)
 
-    def batches(
-        self, clean: CleanSet, generator: torch.Generator, view: View | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go through the images once: as a view shows them to unlearn, augmented to relearn."""
-        if view is None:
-            return Tuning.batches(self, clean, generator)
-        return Unlearning.batches(self, clean, generator, view)
-
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Unlearn a copy, reset the suspicious rows, relearn."""
         head = _head(model, clean)
@@ -136,7 +127,7 @@ class ULRL(Unlearning, Tuning):
         released = self.variant == "released"
         unlearned, run = self.unlearn(model, clean, seed, "plain", clip=_CLIP if released else None)
         if not run.reached:
-            warn_of_missed_floor(run.trace[-1].accuracy if run.trace else None, self.floor)
+            warn_of_missed_floor(run.trace, self.floor)
         after, before = (net.get_submodule(products(net)[-1]).get_parameter("weight") for net in (unlearned, model))
         moved = (after - before).detach().abs().flatten(1).sum(1)
         if released:

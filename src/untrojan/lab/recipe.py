@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from untrojan.augmentation import Augment, crop, crop_flip
+from untrojan.augmentation import AUGMENTATIONS
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, utf8
@@ -29,8 +29,6 @@ from untrojan.writing import RECORD, staged, write_atomic
 
 MODEL, ATTACK = "model.safetensors", "attack.safetensors"
 HELD_OUT = 0.2
-
-_AUGMENTS: dict[str, Augment | None] = {"none": None, "crop": crop, "crop-flip": crop_flip}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -205,7 +203,7 @@ def make_victim(
             **asked(images, judge, attack, target, rate, recipe, seed),
         }
         log = _Log(checkpoint, resume, told, judge, attack, target)
-        how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": _AUGMENTS[recipe.augment]}
+        how: dict[str, Any] = dataclasses.asdict(recipe) | {"augment": AUGMENTATIONS[recipe.augment]}
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
     record = VictimRecord(
@@ -223,7 +221,7 @@ def make_victim(
         attack_files={name: utf8(str(path.absolute())) for name, path in files(attack).items()} if attack else {},
         peak_memory_bytes=peak_memory(device),
         environment=environment(device),
-        warnings=[str(warning.message) for warning in warned],
+        warnings=warned,
     )
     return Victim(model, record, attack, checkpoint)
 

@@ -163,12 +163,10 @@ def train(
         out = quick(batch)
         return functional.cross_entropy(out, labels, label_smoothing=smoothing), out
 
-    def told(standing: Standing) -> str:
-        if after_epoch is None:
-            return ""
+    def told(tell: Callable[[nn.Module, State], str], standing: Standing) -> str:
         state = {"net": trained.state_dict(), "batches": generator.get_state(), "random": random_state()}
         extra = {"fit": standing._asdict(), "online": online.state() if online else None}
-        return after_epoch(trained, state | extra)
+        return tell(trained, state | extra)
 
     with running_on(device), seeded(seed):
         if begin is not None:
@@ -187,7 +185,7 @@ def train(
             schedule=partial(OneCycleLR, max_lr=lr, total_steps=total),
             schedule_steps=True,
             project=partial(online.after_update, trained) if online else None,
-            after_epoch=told,
+            after_epoch=partial(told, after_epoch) if after_epoch else None,
             begin=None if begin is None else _standing(begin["fit"]),
         )
     if ended.diverged_at is not None:

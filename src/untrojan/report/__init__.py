@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from untrojan.errors import visible
 from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord, Trigger
 
 if TYPE_CHECKING:
@@ -94,13 +95,6 @@ def template(name: str, **filters: Callable[..., str]) -> "Template":
         **filters,
     }
     return environment.get_template(name)
-
-
-def visible(text: str) -> str:
-    """Spell out what a person cannot see, so that no name turns the direction of the words around it."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def finding(record: RunRecord) -> str:

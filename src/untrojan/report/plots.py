@@ -25,8 +25,8 @@ from bokeh.models.tickers import AdaptiveTicker
 from bokeh.plotting import figure
 from bokeh.themes import Theme
 
+from untrojan.errors import visible
 from untrojan.record import Record, RunRecord, UnlearningRun
-from untrojan.report import visible
 
 _VARIABLES = (
     "ink",

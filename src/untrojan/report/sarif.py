@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from untrojan.errors import visible
 from untrojan.record import ScanRecord
-from untrojan.report import evidence, finding, visible
+from untrojan.report import evidence, finding
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES = {

@@ -39,7 +39,6 @@ class Changes(ABC):
 
     Attributes:
         values: The numbers that decide each change: `(n, ...)`.
-        reach: Share of the images that the last steps sent where they are to go, a moving average.
 
     Args:
         shape: Channels, height and width of the images.
@@ -52,7 +51,6 @@ class Changes(ABC):
     def __init__(self, shape: tuple[int, int, int], strengths: Tensor, generator: torch.Generator) -> None:
         self.shape = shape
         self.generator = generator
-        self.reach = 0.0
         self.values = torch.zeros(len(strengths), *self._numbers())
         self.strengths = strengths.view(-1, *[1] * (self.values.ndim - 1))
         self.begin(torch.ones(len(strengths), dtype=torch.bool))
@@ -87,7 +85,6 @@ class Changes(ABC):
             (slope,) = torch.autograd.grad(aim.loss(out, labels), values)
         slope = slope.nan_to_num(0, 0, 0)
         self.values = self._within(self.values - RATE * self.strengths * slope / self._size(slope).clamp(min=_TINY))
-        self.reach = 0.8 * self.reach + 0.2 * float(aim.sent(out, labels).float().mean())
 
     @abstractmethod
     def changed(self, images: Tensor, values: Tensor) -> Tensor:
@@ -105,13 +102,13 @@ class Changes(ABC):
     def _numbers(self) -> tuple[int, ...]:
         """Shape of the numbers of one change."""
 
-    @abstractmethod
     def _size(self, values: Tensor) -> Tensor:
-        """How far each change goes, in a shape that broadcasts."""
+        """How far each change goes, in a shape that broadcasts: its largest number."""
+        return values.flatten(1).abs().amax(1).view(-1, *[1] * (values.ndim - 1))
 
-    @abstractmethod
     def _within(self, values: Tensor) -> Tensor:
         """The nearest changes that go no further than their strengths."""
+        return values.maximum(-self.strengths).minimum(self.strengths)
 
 
 class Perturbations(Changes):
@@ -166,12 +163,6 @@ class Warps(Changes):
     def _numbers(self) -> tuple[int, ...]:
         return (2, CELLS, CELLS)
 
-    def _size(self, values: Tensor) -> Tensor:
-        return _largest(values)
-
-    def _within(self, values: Tensor) -> Tensor:
-        return values.maximum(-self.strengths).minimum(self.strengths)
-
 
 class Recolorings(Changes):
     """Mix the channels and shift them, everywhere alike; the strength is the largest coefficient."""
@@ -193,16 +184,6 @@ class Recolorings(Changes):
 
     def _numbers(self) -> tuple[int, ...]:
         return (self.shape[0], self.shape[0] + 1)
-
-    def _size(self, values: Tensor) -> Tensor:
-        return _largest(values)
-
-    def _within(self, values: Tensor) -> Tensor:
-        return values.maximum(-self.strengths).minimum(self.strengths)
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.flatten(1).abs().amax(1).view(-1, *[1] * (values.ndim - 1))
 
 
 def of_each_kind(shape: tuple[int, int, int], norm: float, generator: torch.Generator) -> list[Changes]:

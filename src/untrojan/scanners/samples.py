@@ -196,7 +196,7 @@ def screen(
         seconds=seconds,
         peak_memory_bytes=peak_memory(device_of(model)),
         environment=environment(device_of(model)),
-        warnings=[str(warning.message) for warning in caught],
+        warnings=caught,
     )
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1)

@@ -71,7 +71,7 @@ class Scanner(ABC):
             seconds=seconds,
             peak_memory_bytes=peak_memory(device_of(model)),
             environment=environment(device_of(model)),
-            warnings=[str(warning.message) for warning in caught],
+            warnings=caught,
         )
 
     @abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from untrojan.data import CleanSet
 from untrojan.errors import DataError
 from untrojan.progress import stage
-from untrojan.readers import open_rows
+from untrojan.readers import checked_labels, open_rows
 
 CHUNK = 1024
 
@@ -46,8 +46,7 @@ class Suspects:
     def __post_init__(self) -> None:
         if not len(self.labels):
             raise DataError(f"expected at least one sample{f' in {self.path}' if self.path else ''}, got none")
-        stand_ins = torch.zeros(len(self.labels), 1, 1, 1, dtype=torch.uint8, device="cpu")
-        object.__setattr__(self, "labels", CleanSet(stand_ins, self.labels).labels)
+        object.__setattr__(self, "labels", checked_labels(self.labels))
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "Suspects":

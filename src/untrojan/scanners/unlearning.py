@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
@@ -10,14 +10,13 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 from untrojan.augmentation import crop_flip
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
-from untrojan.fit import fit, size_with_enough_steps
+from untrojan.fit import Epoch, fit, size_with_enough_steps, supervised
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
 from untrojan.scanners.scanner import Scanner
 from untrojan.speed import faster
@@ -37,7 +36,7 @@ def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + NOISE * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
 
 
-AUGMENTATIONS = {"plain": None, "noise": _noise, "crop-flip": crop_flip}
+VIEWS = {"plain": None, "noise": _noise, "crop-flip": crop_flip}
 
 
 class Unlearned(NamedTuple):
@@ -49,7 +48,7 @@ class Unlearned(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Unlearning:
-    """How a model is unlearned; shared by the scanner and by RNP.
+    """How a model is unlearned, for scanners, detectors and defenses that look at what is left then.
 
     Attributes:
         unlearn_lr: Learning rate of SGD with momentum 0.9 that ascends the cross-entropy, above 0.
@@ -66,13 +65,13 @@ class Unlearning:
     floor: float = Field(default=0.2, gt=0, lt=1)
     batch_size: int = Field(default=128, ge=2)
 
-    def batches(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
+    def viewed(self, clean: CleanSet, generator: torch.Generator, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the images once, shuffled, in at least four steps where there are enough for that.
 
         No batch holds a single image, which BatchNorm could not take; where there is just one, it is shown twice.
         """
         shown = clean if len(clean) > 1 else clean.take([0, 0])
-        return shown.batches(size_with_enough_steps(len(shown), self.batch_size), generator, AUGMENTATIONS[view])
+        return shown.batches(size_with_enough_steps(len(shown), self.batch_size), generator, VIEWS[view])
 
     def unlearn(
         self,
@@ -99,14 +98,10 @@ class Unlearning:
         torch.manual_seed(seed)
         unlearned = copy.deepcopy(model).train()
 
-        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            out = unlearned(images)
-            return -functional.cross_entropy(out, labels), out
-
         done = fit(
             list(unlearned.parameters()),
-            step,
-            lambda: self.batches(clean, generator, view),
+            supervised(unlearned, sign=-1),
+            lambda: self.viewed(clean, generator, view),
             partial(torch.optim.SGD, lr=self.unlearn_lr, momentum=0.9, weight_decay=self.unlearn_weight_decay),
             self.unlearn_epochs,
             name="unlearn",
@@ -150,9 +145,9 @@ class Unlearning:
         return [self.unlearn(quick, clean, seed + run, views[run % 2], f"{run + 1}/{runs}").run for run in range(runs)]
 
 
-def warn_of_missed_floor(last: float | None, floor: float) -> None:
-    """Warn that unlearning ended above its floor, at the accuracy `last`, or before its first epoch ended."""
-    ended = "the first step" if last is None else f"an accuracy of {last:.2f}"
+def warn_of_missed_floor(epochs: Sequence[UnlearningPoint | Epoch], floor: float) -> None:
+    """Warn that unlearning ended above its floor, after these epochs."""
+    ended = f"an accuracy of {epochs[-1].accuracy:.2f}" if epochs else "the first step"
     text = f"unlearning ended at {ended}, not at the floor of {floor:.2f}; the last state is used"
     warnings.warn(UnreliableWarning(text), stacklevel=3)
 
