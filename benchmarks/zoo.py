@@ -150,7 +150,7 @@ def repaired() -> Iterator[str]:
     rows = {cell["model"]: cell for cell in cells}
     yield "\n## `auto` on these models\n"
     yield f"Half of the test images, or {CLEANS} of CIFAR-10 and GTSRB, were its clean images; others measured it; one"
-    yield "seed. Models with a star are older than the present settings of `auto`. On digits of 32x32, but for sig, and"
+    yield "seed. On digits of 32x32, but for sig, and"
     yield "of resnet18-8 on signs, they are from before the scan counted perturbations by what they have over other"
     yield "labels, and warps too; by it, nothing there is named otherwise. That of low-frequency on CIFAR-10 is from"
     yield "before a repair after an inconclusive scan was called inconclusive, too.\n"

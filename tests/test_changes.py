@@ -116,7 +116,6 @@ def test_climbing_sends_images_to_the_label(kind):
     best, share = made.best(Shine(), shown, Aim(1))
     assert share == 1
     assert (Shine()(made.changed(images, best.expand(64, *best.shape[1:]))).argmax(1) == 1).all()
-    assert made.reach > 0.7
 
 
 @kinds

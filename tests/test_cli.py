@@ -33,7 +33,7 @@ from untrojan.defenses.defense import CHANGES, RECORD, REPAIRED, REPORT, Defense
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Record, Target
-from untrojan.registry import discover, fields
+from untrojan.registry import discover, documentation, fields
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
@@ -872,6 +872,16 @@ def test_methods_are_listed(talk):
         assert card["summary"]
         assert [field["name"] for field in card["fields"]] == [field.name for field in fields(method)]
         assert all(field["help"] and field["type"] for field in card["fields"])
+
+
+def test_methods_say_what_they_need_and_cost_and_whose_they_are(talk):
+    _, text, _ = talk(["methods"])
+    _, cards, _ = talk(["methods", "--json"])
+    for card, method in zip(json.loads(cards), discover("untrojan.defenses", Defense).values(), strict=True):
+        told = documentation(method)
+        needs, cost = told.line("Needs"), told.line("Cost")
+        assert (card["needs"], card["cost"], card["references"]) == (needs, cost, told.references)
+        assert all(part and part in text for part in (needs, cost, told.references[0]))
 
 
 def squashed(text):

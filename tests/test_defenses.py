@@ -102,6 +102,28 @@ def test_the_caller_sees_no_change_and_the_repair_is_whole(net, clean, method, r
     assert repr(repair) == f"Repair({record.status}: {record.reason})"
 
 
+LEARNS_LAST_IN_TRAINING_MODE = {
+    **dict.fromkeys(["rnp", "anp", "fine-pruning", "fine-tuning", "ft-sam", "nad", "ulrl", "nft", "tsbd", "fmp"], True),
+    **dict.fromkeys(["neural-cleanse"], True),
+    **dict.fromkeys(["auto", "awm", "i-bau", "npd", "sau"], False),
+}
+
+
+@pytest.mark.parametrize("name", LEARNS_LAST_IN_TRAINING_MODE)
+@pytest.mark.usefixtures("no_checks")
+def test_in_which_mode_a_method_learns(name, clean):
+    net, seen = build("batchnorm"), []
+    norm = next(each for each in net.modules() if isinstance(each, nn.BatchNorm2d))
+    norm.register_forward_hook(lambda at, _, out: seen.append(at.training) if out.requires_grad else None)
+    make(DEFENSES[name], QUICK[name]).repair(net, clean, GIVEN)
+    assert seen[-1] == LEARNS_LAST_IN_TRAINING_MODE[name]
+    assert name != "awm" or not any(seen)
+
+
+def test_every_method_that_learns_is_asked_for_its_mode():
+    assert set(DEFENSES) - set(LEARNS_LAST_IN_TRAINING_MODE) == {"clp", "bnp"}
+
+
 def repeats(method, name, clean):
     one = method.repair(build(name), clean, GIVEN, seed=3)
     torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002

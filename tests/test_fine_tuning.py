@@ -109,6 +109,15 @@ def test_divergence_goes_back(name, clean):
     alike(after.state_dict(), net.state_dict())
 
 
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_divergence_in_a_single_step_goes_back_too(name, epochs):
+    net = build(name)
+    with pytest.warns(UnreliableWarning, match="NaN or infinity|left the numbers"):
+        repair = FineTuning(epochs=epochs, lr=1e30).repair(net, make_clean(4), GIVEN)
+    alike(repair.model.state_dict(), net.state_dict())
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -252,6 +252,7 @@ def test_rankings_do_not_depend_on_the_callers_mode():
     ranking = FMP(p=6).rank(net, clean, seed=0)["0"]
     with torch.inference_mode():
         assert same(FMP(p=6).rank(net, clean, seed=0)["0"]._asdict(), ranking._asdict())
+    assert same(FMP(p=6).rank(net.train(), clean, seed=0)["0"]._asdict(), ranking._asdict())
 
 
 class ByKeyword(nn.Module):

@@ -255,3 +255,33 @@ def test_a_model_that_is_right_no_more_often_than_by_chance_is_told(right, warne
         warn_of_chance(Returns(lambda images: images.flatten(1)), clean)
     assert [each.category for each in told] == [UnreliableWarning] * warned
     assert all(f"is right on {right} of 40 clean images" in str(each.message) for each in told)
+
+
+@pytest.mark.parametrize("most", [7, 1])
+def test_logits_where_the_memory_does_not_suffice(most):
+    net, clean, sizes = build("batchnorm").eval(), make_clean(33), []
+
+    class Short(nn.Module):
+        def forward(self, images):
+            sizes.append(len(images))
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return net(images)
+
+    with pytest.warns(UnreliableWarning, match="out of memory: 50 images at a time go through the network, not 100"):
+        out = logits(Short(), clean)
+    assert torch.allclose(out, logits(net, clean), atol=1e-6)
+    assert max(sizes[-4:]) <= most
+
+
+def test_logits_of_an_image_too_large_for_the_memory():
+    def short(images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.warns(UnreliableWarning), pytest.raises(torch.OutOfMemoryError):
+        logits(Returns(short), make_clean(3))
+
+
+def test_no_single_image_is_left_over_for_a_network_that_takes_none():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192, track_running_stats=False)).eval()
+    assert logits(net, make_clean(101)).shape == (101, 192)

@@ -14,6 +14,7 @@ from untrojan.mask import Mask
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Record, Target
 from untrojan.registry import make
+from untrojan.scanners import unlearning
 from untrojan.scanners.unlearning import UnlearningScanner
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
@@ -114,7 +115,7 @@ def test_recovery_written_out(lr, alpha, clean):
     seen = [[mask] for mask in masks]
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
-        for images, labels in method.batches(clean, generator, "crop-flip"):
+        for images, labels in method.viewed(clean, generator, "crop-flip"):
             slow.zero_grad()
             (alpha * nn.functional.cross_entropy(slow(images), labels)).backward()
             for i, norm in enumerate(norms):
@@ -256,7 +257,7 @@ def test_no_batch_holds_a_single_image(variant, count):
 
 def test_one_image_alone_is_shown_twice():
     clean = make_clean().take([5])
-    ((images, labels),) = rnp().batches(clean, torch.Generator().manual_seed(0), "plain")
+    ((images, labels),) = rnp().viewed(clean, torch.Generator().manual_seed(0), "plain")
     assert torch.equal(images, clean.floats().repeat(2, 1, 1, 1))
     assert labels.tolist() == [1, 1]
 
@@ -296,3 +297,30 @@ def test_order_of_the_images_in_the_record():
         record = rnp(folds=3, select="count").repair(net, data, GIVEN).record
         assert record.before.accuracy.count == int(correct(net, clean).sum())
         assert record.after.accuracy.total == len(clean)
+
+
+def test_released_shows_whole_batches_cropped_and_flipped_and_clips_nothing(monkeypatch):
+    """The released code clips the gradient at a norm of 20, but before it is computed, so that nothing is clipped."""
+    clean, sizes, clips, varied = make_clean(44), [], [], []
+    run, crop_flip = unlearning.fit, unlearning.VIEWS["crop-flip"]
+
+    def spy(parameters, step, batches, *rest, clip=None, **named):
+        def counted():
+            made = list(batches())
+            sizes.append([len(labels) for _, labels in made])
+            return made
+
+        clips.append(clip)
+        return run(parameters, step, counted, *rest, clip=clip, **named)
+
+    def view(images, generator):
+        varied.append(len(images))
+        return crop_flip(images, generator)
+
+    monkeypatch.setattr(unlearning, "fit", spy)
+    monkeypatch.setattr("untrojan.defenses.rnp.fit", spy)
+    monkeypatch.setitem(unlearning.VIEWS, "crop-flip", view)
+    rnp(variant="released", select="count", batch_size=16, unlearn_epochs=1).learn(build("batchnorm"), clean, 0)
+    assert clips == [None, None]
+    assert {tuple(each) for each in sizes} == {(16, 16, 12)}
+    assert len(varied) == 3 * len(sizes)

@@ -246,7 +246,7 @@ def test_the_loop_written_out():
         for group in optimizer.param_groups:
             group["lr"] = 0.02 if epoch < 10 else 0.002
         right = 0
-        for images, labels in how.batches(clean, generator, "plain"):
+        for images, labels in how.viewed(clean, generator, "plain"):
             out = slow(images)
             right += int((out.argmax(1) == labels).sum())
             optimizer.zero_grad()
@@ -294,7 +294,7 @@ def test_no_batch_holds_a_single_image(batch_size):
     how = Unlearning(batch_size=batch_size)
     for count in range(2, 150):
         clean = make_clean(count, shape=(1, 1, 1))
-        sizes = [len(labels) for _, labels in how.batches(clean, torch.Generator().manual_seed(0), "plain")]
+        sizes = [len(labels) for _, labels in how.viewed(clean, torch.Generator().manual_seed(0), "plain")]
         assert sum(sizes) == count
         assert min(sizes) > 1
         assert max(sizes) <= batch_size + 2 or batch_size < 8
@@ -303,7 +303,7 @@ def test_no_batch_holds_a_single_image(batch_size):
 @pytest.mark.parametrize("view", ["plain", "noise", "crop-flip"])
 def test_views_stay_images(view):
     clean = make_clean(40)
-    seen = torch.cat([images for images, _ in Unlearning().batches(clean, torch.Generator().manual_seed(0), view)])
+    seen = torch.cat([images for images, _ in Unlearning().viewed(clean, torch.Generator().manual_seed(0), view)])
     assert seen.shape == clean.images.shape
     assert 0 <= seen.min() <= seen.max() <= 1
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))

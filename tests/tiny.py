@@ -23,6 +23,8 @@ QUICK = {
     | ({"select": "count", "count": 2} if issubclass(cls, Pruning) else {})
     for name, cls in DEFENSES.items()
 }
+QUICK["fmp"] |= {"p": 3}
+QUICK["ulrl"] |= {"z": 0.1}
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
 
 CLASSES = 4

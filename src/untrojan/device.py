@@ -43,6 +43,16 @@ def chosen(name: str = AUTO) -> torch.device:
     return device
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch raised because the memory did not suffice.
+
+    Example:
+        >>> out_of_memory(torch.OutOfMemoryError()), out_of_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Give the device that the first parameter or buffer of a network is on; a network without any is on the CPU.
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from untrojan.device import out_of_memory
 from untrojan.errors import UnreliableWarning
 from untrojan.progress import stage
 
@@ -96,9 +97,9 @@ def fit(
     """Minimize a loss over tensors, in place.
 
     When the loss is NaN or infinite, or a tensor that was finite becomes so, the fit ends there, everything goes back
-    to where the epoch began, and a warning says at which step. Where the memory does not suffice for a batch, this and
-    all later batches go through in halves, with gradients added up; normalization by batch statistics then sees the
-    halves.
+    to where an epoch began from which the loss was finite, and a warning says at which step. Where the memory does not
+    suffice for a batch, this and all later batches go through in halves, with gradients added up; normalization by
+    batch statistics then sees the halves.
 
     Args:
         parameters: The leaf tensors to change, but those that are not :func:`learnable`; only they get gradients.
@@ -146,15 +147,17 @@ def fit(
         updates.load_state_dict(begin.optimizer)
         rate.load(begin.schedule)
     gradient = _Gradient(parameters, step)
+    sound, confirmed = _copies((*parameters, *buffers)), len(history)
     with stage(name, total=epochs - len(history), detail=detail) as advance:
         while len(history) < epochs:
-            start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
+            start = _copies((*parameters, *buffers))
             tally = _Tally()
             for images, labels in batches():
                 updates.zero_grad()
                 loss, logits = gradient(images, labels)
                 if not math.isfinite(loss):
                     break
+                sound, confirmed = start, len(history)
                 if clip is not None:
                     nn.utils.clip_grad_norm_(parameters, clip)
                 updates.step()
@@ -167,10 +170,10 @@ def fit(
             else:
                 loss = 0.0
             if not (math.isfinite(loss) and all(each.isfinite().all() for each in finite)):
-                _put_back((*parameters, *buffers), start)
-                text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {len(history)}"
+                _put_back((*parameters, *buffers), sound)
+                text = f"{name}: NaN or infinity at step {steps}; went back to the end of epoch {confirmed}"
                 warnings.warn(UnreliableWarning(text), stacklevel=2)
-                return Fit(history, stopped=False, diverged_at=steps)
+                return Fit(history[:confirmed], stopped=False, diverged_at=steps)
             rate.after_epoch()
             history.append(tally.epoch())
             advance(after_epoch(Standing(history, steps, updates.state_dict(), rate.state())) if after_epoch else "")
@@ -252,7 +255,7 @@ class _Gradient:
             try:
                 return self._in_pieces(images, labels, pieces)
             except RuntimeError as error:
-                if not _out_of_memory(error) or largest == 1:
+                if not out_of_memory(error) or largest == 1:
                     raise
             self.most = largest // 2
             for parameter in self.parameters:
@@ -277,10 +280,6 @@ class _Gradient:
         return total, torch.cat(outputs)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 class _Tally:
     def __init__(self) -> None:
         self.images = 0
@@ -298,6 +297,10 @@ class _Tally:
     def epoch(self) -> Epoch:
         shares = torch.as_tensor(self.votes) / self.images
         return Epoch(self.loss / self.images, self.correct / self.images, shares)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -117,7 +117,7 @@ class Mask:
         return baked
 
     def threshold(self, threshold: float) -> Self:
-        """Prune the units whose multiplier is at or below `threshold`, in [0, 1]: a mask of zeros and ones."""
+        """Prune the units whose multiplier or score is at or below `threshold`: a mask of zeros and ones."""
         return self.map(lambda value: (value > threshold).to(value.dtype))
 
     def count(self, count: int) -> Self:

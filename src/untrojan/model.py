@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from untrojan.data import CleanSet
-from untrojan.device import device_of
+from untrojan.device import device_of, out_of_memory
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError, cause
+from untrojan.fit import size_without_single
 from untrojan.record import Rate
 
 _STATISTICS = ("running_mean", "running_var")
@@ -234,19 +235,30 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
     Args:
         model: The network.
         clean: The images, taken in their order.
-        batch_size: Images per forward pass; has no influence on the result beyond rounding.
+        batch_size: Images per forward pass, fewer where the memory does not suffice, and one or two more where the last
+            pass would get a single image; has no influence on the result beyond rounding.
 
     Returns:
         Logits, float `(N, K)`.
 
     Raises:
         ModelError: A logit is NaN or infinite.
+        torch.OutOfMemoryError: A single image is too much.
     """
-    with mode(model, training=False), torch.no_grad():
-        out = torch.cat([model(images) for images, _ in clean.batches(batch_size)])
-    if not torch.isfinite(out).all():
-        raise ModelError("expected finite logits, got NaN or infinity")
-    return out
+    size = size_without_single(len(clean), batch_size) if batch_size > 1 else batch_size
+    try:
+        with mode(model, training=False), torch.no_grad():
+            out = torch.cat([model(images) for images, _ in clean.batches(size)])
+    except RuntimeError as error:
+        if not out_of_memory(error) or size == 1:
+            raise
+        text = f"out of memory: {size // 2} images at a time go through the network, not {size}"
+        warnings.warn(UnreliableWarning(text), stacklevel=2)
+    else:
+        if not torch.isfinite(out).all():
+            raise ModelError("expected finite logits, got NaN or infinity")
+        return out
+    return logits(model, clean, size // 2)
 
 
 def classes_of(model: nn.Module, clean: CleanSet) -> int:

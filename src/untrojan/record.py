@@ -279,7 +279,8 @@ class CurvePoint(_Part):
     """One point of the pruning curve: what it costs to prune `pruned` units, the highest score among them `threshold`.
 
     `accuracy` is hold-out accuracy, cross-fitted where the rule is the budget; `drop` is the paired loss against
-    the original on the same images, with its 95 % interval.
+    the original on the same images, with its 95 % interval. `surrogate` is the share of the images that recovered
+    triggers still send where they lead, where the rule asked for that.
     """
 
     threshold: float
@@ -288,6 +289,7 @@ class CurvePoint(_Part):
     drop: float
     drop_low: float
     drop_high: float
+    surrogate: float | None = None
 
 
 class Selection(_Part):

@@ -27,7 +27,8 @@ def collected() -> Iterator[list[str]]:
             warnings.simplefilter("always", UntrojanWarning)
             ours: list[str] = []
             yield ours
-            ours.extend(str(warning.message) for warning in caught if issubclass(warning.category, UntrojanWarning))
+            texts = (str(warning.message) for warning in caught if issubclass(warning.category, UntrojanWarning))
+            ours.extend(dict.fromkeys(texts))
     finally:
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

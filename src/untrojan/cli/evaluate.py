@@ -23,7 +23,12 @@ from untrojan.sources import load
 
 @click.command()
 @net_options
-@click.option("--test", required=True, metavar="DATA", help="Test images: parquet, folder per class, npz, or Hub id.")
+@click.option(
+    "--test",
+    required=True,
+    metavar="DATA",
+    help="Test images: parquet, npz, folder per class, saved data set, or Hub id.",
+)
 @sample_options
 @attack_options
 @click.option("--before", metavar="MODEL", help="The model before its repair, to add DER.")

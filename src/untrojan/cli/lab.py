@@ -15,7 +15,7 @@ from untrojan.registry import discover, documentation
 
 @click.group()
 def lab() -> None:
-    """Evaluate: plant backdoors and measure what defenses do about them."""
+    """Plant backdoors: the attacks, and models to measure defenses on."""
 
 
 lab.add_command(train)

@@ -177,7 +177,10 @@ net_options = in_order(
 """What is needed to open a model: the file, the architecture, normalization, and the device."""
 
 clean_option = click.option(
-    "--clean", required=True, metavar="DATA", help="Clean images: parquet, folder per class, npz, or Hub id."
+    "--clean",
+    required=True,
+    metavar="DATA",
+    help="Clean images: parquet, npz, folder per class, saved data set, or Hub id.",
 )
 """`--clean`."""
 

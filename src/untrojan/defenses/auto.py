@@ -78,13 +78,14 @@ class Auto(Tuning):
     The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
     spread, mixed, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
     sign does no harm. Where there are fewer than a hundred, half of them are zoomed, recolored and pasted together too,
-    but for those that carry a change of the whole image, which that would hide.
+    but for those that carry a change of the whole image, which that would hide, and the patches beside them.
 
     Attributes:
         rounds: How often triggers are searched for and unlearned.
         steps: Updates per round and label.
         search_steps: Batches of 64 stamped images per search for patches.
-        lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end.
+        lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end; where the
+            trigger may be spread, 2.7 times as much at first, and as much in the end.
         batch_size: Clean images per step, drawn with replacement; as many others carry a trigger.
         augment: How images are varied in training: `none`, or `crop-flip`, a shift by up to an eighth of the shorter
             side and a mirror image now and then, labelled by the original.

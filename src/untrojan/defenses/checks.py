@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,36 @@ def _perturbations(
     yield "l1", universal(model, clean, aim, seed)
     if norm is not None:
         yield "l2", bounded(model, clean, aim, norm, new_generator(seed), "l2")
+
+
+def surrogates(
+    model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int
+) -> list[Callable[[nn.Module], float]]:
+    """Recover triggers that stand in for the real one: what the model falls for most easily.
+
+    They are the perturbations and the smallest patch that the checks look at, searched with another seed.
+
+    Args:
+        model: The original.
+        clean: Images to search on.
+        diagnosis: What the scan found.
+        seed: Decides everything random.
+
+    Returns:
+        For each of them, what tells the share of the images that it sends where it leads in a pruned network; none
+        where no label is suspected.
+    """
+    generator = new_generator(seed + 4)
+    made: list[Callable[[nn.Module], float]] = []
+    for aim in reachable(diagnosis, clean):
+        judges = _judges(model, clean, aim)
+        if aim.label is not None:
+            norm = diagnosis.spread_over(aim.label)
+            found = (each for _, each in _perturbations(model, clean, aim, norm, seed + 4))
+            made += [partial(each.success, clean=clean, aim=aim) for each in found]
+        patch = smallest(model, judges, aim, search(model, judges, aim, generator))
+        made.append(partial(patch.success_on, clean=judges, aim=aim))
+    return made
 
 
 def resists_patches(model: nn.Module, repaired: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Check:

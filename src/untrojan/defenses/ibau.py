@@ -18,6 +18,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.checks import within
 from untrojan.defenses.tuning import Tuning, tangent
 from untrojan.device import new_generator
+from untrojan.errors import ModelError
 from untrojan.fit import fit, learnable
 from untrojan.model import correct
 from untrojan.progress import overall
@@ -109,10 +110,13 @@ class IBAU(Tuning):
                 found = self._perturbation(model, clean, generator, detail)
                 if not self._unlearn(model, clean, found, adam, generator, detail):
                     break
-                if self.variant == "fixed" and within(
-                    before - float(correct(model, held).double().mean()), self.budget
-                ):
-                    kept = copy.deepcopy(model)
+                if self.variant == "fixed":
+                    try:
+                        after = float(correct(model, held).double().mean())
+                    except ModelError:
+                        break
+                    if within(before - after, self.budget):
+                        kept = copy.deepcopy(model)
                 advance()
         return kept or model
 

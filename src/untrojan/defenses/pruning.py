@@ -1,5 +1,6 @@
 """The base of the defenses that give every unit a score and prune the lowest."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -11,11 +12,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
-from untrojan.defenses.checks import losses, within
+from untrojan.defenses.checks import losses, surrogates, within
 from untrojan.defenses.defense import Defense, Outcome
+from untrojan.errors import UnreliableWarning
 from untrojan.mask import Cut, HeldOut, Mask, Unit, budget, curve_point, sweep
 from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Selection
+
+DISARMED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -27,8 +31,10 @@ class Pruning(Defense):
     Attributes:
         variant: `fixed` or `released`; see Deviations. `released` scores on all images, so the curve shows the accuracy
             on images that the scores know, and the rule must be `threshold` or `count`.
-        select: How many units to prune. `budget`: as many as the accepted loss of clean accuracy allows. `threshold`
-            and `count`: as many as asked for, to reproduce published results.
+        select: How many units to prune. `budget`: as many as the accepted loss of clean accuracy allows. `surrogate`:
+            of these, only as many as it takes until triggers recovered from the model, which stand in for the one that
+            nobody has, send at most 10 % of the images to the suspected label. `threshold` and `count`: as many as
+            asked for, to reproduce published results.
         threshold: Prune units with a score at or below this, for `threshold`.
         count: Prune this many units, lowest scores first, for `count`.
         folds: Parts the images are cut into, so that scores made without a part are judged on it. With one image per
@@ -39,14 +45,14 @@ class Pruning(Defense):
     thresholds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(19))
 
     variant: Literal["fixed", "released"] = "fixed"
-    select: Literal["budget", "threshold", "count"] = "budget"
+    select: Literal["budget", "surrogate", "threshold", "count"] = "budget"
     threshold: float = 0.2
     count: int = Field(default=20, ge=0)
     folds: int = Field(default=2, ge=2)
 
     @model_validator(mode="after")
     def _need_a_rule(self) -> Self:
-        if self.variant == "released" and self.select == "budget":
+        if self.variant == "released" and self._budgeted:
             raise ValueError("the released code has no such rule; give select threshold or count with it")
         return self
 
@@ -89,25 +95,32 @@ class Pruning(Defense):
         before = torch.cat([correct(model, part.clean) for part in parts])
         cuts = self._cuts(whole)
         right = sweep(model, parts, cuts)
-        chosen = budget(right, before, self.budget) if self.select == "budget" else self._given()
-        if self.select == "budget":
+        chosen = budget(right, before, self.budget) if self._budgeted else self._given()
+        if self._budgeted:
             chosen = self._affordable(model, clean, whole, cuts, chosen)
+        shares: list[float] = []
+        if self.select == "surrogate" and chosen is not None:
+            shares = self._disarmed(model, clean, diagnosis, [cut(whole) for cut in cuts[: chosen + 1]], seed)
+            chosen = len(shares) - 1 if shares else chosen
         kept = whole.map(torch.ones_like) if chosen is None else cuts[chosen](whole)
         checks = self._demands(whole, kept)
         if chosen is None:
             text = f"even the mildest pruning costs more clean accuracy than the accepted {self.budget:.1%}"
             checks.append(Check(name="prunes within the budget", passed=False, detail=text))
+        if shares:
+            text = (
+                f"recovered triggers send {shares[-1]:.0%} of the images where they lead; at most {DISARMED:.0%} may go"
+            )
+            checks.append(Check(name="disarms recovered triggers", passed=shares[-1] <= DISARMED, detail=text))
+        curve = [curve_point(whole, cut(whole), before, row) for cut, row in zip(cuts, right, strict=True)]
+        measured = [point.model_copy(update={"surrogate": share}) for point, share in zip(curve, shares, strict=False)]
         return Outcome(
             kept.bake(model),
             before,
             before if chosen is None else right[chosen],
             self.data_free or self.variant == "fixed",
             checks,
-            Selection(
-                rule=self._rule(),
-                chosen=chosen,
-                curve=[curve_point(whole, cut(whole), before, row) for cut, row in zip(cuts, right, strict=True)],
-            ),
+            Selection(rule=self._rule(), chosen=chosen, curve=measured + curve[len(measured) :]),
             whole,
             kept,
         )
@@ -150,10 +163,38 @@ class Pruning(Defense):
             if self.data_free
             else f"scores made without one of {self.folds} parts are judged on it"
         )
-        return (
-            f"budget: the most {self.unit}s, lowest scores first, before accuracy on held-out clean images falls by "
-            f"more than {self.budget:.1%}, paired; {judged}"
+        until = (
+            f"surrogate: the fewest {self.unit}s, lowest scores first, until recovered triggers send at most "
+            f"{DISARMED:.0%} of the images where they lead, and at most those"
+            if self.select == "surrogate"
+            else f"budget: the most {self.unit}s, lowest scores first,"
         )
+        return (
+            f"{until} before accuracy on held-out clean images falls by more than {self.budget:.1%}, paired; {judged}"
+        )
+
+    @property
+    def _budgeted(self) -> bool:
+        return self.select in ("budget", "surrogate")
+
+    def _disarmed(
+        self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, kept: Sequence[Mask], seed: int
+    ) -> list[float]:
+        """How far triggers recovered from the model reach after each cut, up to the first that takes their effect."""
+        recovered = surrogates(model, clean, diagnosis, seed)
+        if not recovered:
+            text = (
+                "no label is suspected that a trigger could be recovered for; the budget alone says how much to prune"
+            )
+            warnings.warn(UnreliableWarning(text), stacklevel=2)
+            return []
+        shares: list[float] = []
+        for each in kept:
+            pruned = each.bake(model)
+            shares.append(max(success(pruned) for success in recovered))
+            if shares[-1] <= DISARMED:
+                break
+        return shares
 
     def _affordable(
         self, model: nn.Module, clean: CleanSet, scores: Mask, cuts: list[Cut], chosen: int | None

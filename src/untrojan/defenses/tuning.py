@@ -1,5 +1,6 @@
 """The base of the defenses that train the weights on clean images."""
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from untrojan.augmentation import AUGMENTATIONS
 from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
-from untrojan.errors import UnreliableWarning
+from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps, supervised
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
@@ -60,9 +61,15 @@ class Tuning(Defense):
     def _repair(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Outcome:
         _warn_of_coarse(model)
         rest, held = _split(clean, self.hold_out, seed)
-        before = correct(model, held)
+        before, original = correct(model, held), copy.deepcopy(model)
         tuned = self.tune(model, rest, held, diagnosis, seed)
-        return Outcome(tuned, before, correct(tuned, held), held_out=held is not rest)
+        try:
+            after = correct(tuned, held)
+        except ModelError as error:
+            text = f"the last step of {self.name} left the numbers, so that the weights stay as they were: {error}"
+            warnings.warn(UnreliableWarning(text), stacklevel=2)
+            tuned, after = original, before
+        return Outcome(tuned, before, after, held_out=held is not rest)
 
 
 def sgd_cosine(

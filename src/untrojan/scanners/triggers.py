@@ -84,7 +84,7 @@ class TriggerScanner(Unlearning, Scanner):
     Cost:
         3 F per clean image, epoch and unlearning run, and 128 F per step of a search, F being one image through the
         network once. A search for perturbations has 20 steps per label, up to seven times, and 60 for each of the
-        three, up to four times. Whole-image changes take 15,000 F for each of six labels.
+        three, up to four times. Whole-image changes take 11,000 F for each of six labels.
 
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
