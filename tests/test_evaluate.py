@@ -66,6 +66,19 @@ def counted(model, clean, target):
     return acc, rest, (asr, attacked), (ra, attacked)
 
 
+@pytest.mark.parametrize("target", range(K))
+def test_success_over_all_images_is_that_over_others_and_the_triggered_accuracy_of_the_target(target):
+    """As published: ((n - n_t) ASR + n_t A_t) / n."""
+    model, clean = make_model().eval(), make_set()
+    scores = evaluate(model, clean, ATTACK, target)
+    theirs = clean.take(clean.labels == target)
+    kept = (model(ATTACK.trigger(theirs.floats())).argmax(1) == target).double().mean().item()
+    share = ((37 - len(theirs)) * scores.asr.value + len(theirs) * kept) / 37
+    assert scores.asr_all.value == pytest.approx(share)
+    assert scores.asr_all.total == 37
+    assert evaluate(model, clean, ATTACK, "all-to-all").asr_all is None
+
+
 @pytest.mark.parametrize("target", [0, 1, 2, 3, "all-to-all"])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_metric_against_a_plain_loop(target, seed):
@@ -89,7 +102,7 @@ def test_without_an_attack_there_is_accuracy_only():
     scores = evaluate(make_model(), make_set())
     assert scores.acc.total == 37
     left = {name for name, value in scores if value is None}
-    assert left == {"acc_without_target", "asr", "ra", "der", "attack", "attack_sha256", "target"}
+    assert left == {"acc_without_target", "asr", "asr_all", "ra", "der", "attack", "attack_sha256", "target"}
 
 
 class Constant(nn.Module):

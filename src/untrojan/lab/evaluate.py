@@ -30,6 +30,8 @@ class Scores(BaseModel):
             RNP reports; `None` for all-to-all.
         asr: Attack success rate: triggered images that get the label the attacker wants. Images of the target
             class are left out, so that all-to-all counts every image.
+        asr_all: Attack success rate with images of the target class, as AWM and I-BAU report it, which is higher where
+            these keep their label; `None` for all-to-all.
         ra: Robust accuracy: triggered images that get their true label, over the same images as `asr`, so
             that ASR + RA ≤ 1.
         der: Defense effectiveness rating against an earlier measurement, in [0, 1]; see :func:`der`.
@@ -46,6 +48,7 @@ class Scores(BaseModel):
     acc: Rate
     acc_without_target: Rate | None = None
     asr: Rate | None = None
+    asr_all: Rate | None = None
     ra: Rate | None = None
     der: float | None = None
     attack: MethodInfo | None = None
@@ -128,6 +131,7 @@ def evaluate(
         update={
             "acc_without_target": None if target == "all-to-all" else _rate(right[counted]),
             "asr": _rate((triggered == wanted)[counted]),
+            "asr_all": None if target == "all-to-all" else _rate(triggered == wanted),
             "ra": _rate((triggered == labels)[counted]),
             "attack": info,
             "attack_sha256": trigger,
