@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ import untrojan.cli.repair
 import untrojan.defenses.defense
 import untrojan.progress
 from untrojan.cli import VERBS, run
+from untrojan.cli.options import made_of, options_of
 from untrojan.defenses.defense import CHANGES, RECORD, REPAIRED, REPORT, Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
@@ -882,6 +884,16 @@ def test_methods_say_what_they_need_and_cost_and_whose_they_are(talk):
         needs, cost = told.line("Needs"), told.line("Cost")
         assert (card["needs"], card["cost"], card["references"]) == (needs, cost, told.references)
         assert all(part and part in text for part in (needs, cost, told.references[0]))
+
+
+@pytest.mark.parametrize("cls", discover("untrojan.defenses", Defense).values())
+def test_defaults_given_as_options_make_the_default_method(cls):
+    given = [f"--{each.name.replace('_', '-')}={each.default}" for each in fields(cls) if each.default is not None]
+    made = []
+    command = click.Command("any", params=options_of(cls), callback=lambda **params: made.append(made_of(cls, params)))
+    command.main(given, standalone_mode=False)
+    assert made == [cls()]
+    assert len(given) >= len(fields(cls)) - 1
 
 
 def squashed(text):

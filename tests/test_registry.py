@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from untrojan.defenses.defense import Defense
+from untrojan.defenses.tuning import Tuning
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.additive import Additive
@@ -257,6 +258,8 @@ def test_every_defense_says_what_its_users_must_know(cls):
     assert told.summary.endswith(".")
     assert told.text
     assert all(told.line(section) for section in ("Needs", "Cost", "Example", "References", "Deviations"))
+    if issubclass(cls, Tuning) and cls.name != "auto":
+        assert "held" in told.line("Deviations")
     assert all(reference.endswith(".") for reference in told.references)
     assert all(field.help for field in fields(cls))
 

@@ -85,6 +85,7 @@ class AWM(Tuning):
         * A batch that is not full counts too: with fewer images than a batch the published code takes no step.
         * Very large layers have a factored mask (`factor_above`).
         * The learning rate stays as it is; some versions of the published code let it fall by a tenth each round.
+        * There is no phase that lets masks shrink before; in the published code it has no steps unless asked for.
         * A part of the images is held out to judge the result.
         * The copies of one-shot images are shifted by up to 4 pixels instead of resized, and mirrored.
         * A loss of the masks that leaves the numbers ends the masking at the end of the round before; a delta that

@@ -72,6 +72,7 @@ class NAD(Tuning):
         * The published code crops, flips and cuts out; here images are taken as they are (`augment`), because mirroring
           is not right for all data, and then the teacher's maps are computed once.
         * Batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "nad"

@@ -71,6 +71,7 @@ class NeuralCleanse(Tuning):
         * Success is counted on images of other classes only; those of the label itself need no patch.
         * All labels start from the same random mask and pattern.
         * Batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "neural-cleanse"

@@ -70,6 +70,7 @@ class NFT(Tuning):
         * In networks without BatchNorm the scales of other normalization are masked, or else the outputs of
           convolutions and linear layers.
         * The released code crops and flips; here images are taken as they are (`augment`).
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "nft"

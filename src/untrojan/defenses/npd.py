@@ -82,6 +82,7 @@ class NPD(Tuning):
         * The loss of a perturbation is limited to 80 for each image, not for the batch.
         * BackdoorBench crops and flips; here images are taken as they are (`augment`). Batches are smaller where there
           are few images.
+        * A part of the images is held out to judge the result.
     """
 
     name: ClassVar[str] = "npd"

@@ -72,6 +72,9 @@ class RNP(Unlearning, Pruning):
         * Images are unlearned as they are. Cropping and flipping change what survives: on networks trained without
           them the surviving class is then often not the target. Recovery keeps them, as regularization.
         * How many neurons to prune is chosen on clean images that the masks were not learned on, by a paired budget.
+        * In networks without BatchNorm the scales of other normalization are masked, or else the outputs of
+          convolutions and linear layers, so that in a transformer those of LayerNorm are, and no hidden units.
+        * The target label is that of the scan, not that of the one unlearning run.
         * Neurons with multiplier 0 are ordered by how early they got there, so that fewer than all of them can go.
         * With fewer images than four batches the batches are smaller, so that few images still mean enough steps.
         * Batches are larger where one would hold a single image, which BatchNorm cannot take, also with `released`.

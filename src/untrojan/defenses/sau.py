@@ -75,6 +75,7 @@ class SAU(Tuning):
         * The shared loss has two logarithms, of the summed probability of the other labels and of one minus that of the
           label. They are the same number; it is computed once.
         * Batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
 
         With `variant="released"` images may leave [0, 1], and networks are fooled, and let go of, as in BackdoorBench,
         for 3 F per image and epoch more.

@@ -85,7 +85,7 @@ class TSBD(Tuning):
         * A gradient of zero leaves its tensor where it is; the released code divides by its norm.
         * The released code fine-tunes for one epoch more than it is told, and crops and flips in batches of 256 on 5 %
           of the training set. Here images are taken as they are (`augment`), and batches are smaller where there are
-          few images.
+          few images. A part of them is held out to choose n and to judge the result.
     """
 
     name: ClassVar[str] = "tsbd"

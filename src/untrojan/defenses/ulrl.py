@@ -70,10 +70,11 @@ class ULRL(Unlearning, Tuning):
           one. Of two classes no row then lies more than 0.67 deviations above it, and nothing is reset.
         * Where more than half of the rows moved alike, the mean deviation stands in for the median one; the published
           code divides by zero, and every row that moved more is suspicious.
-        * Unlearning is that of RNP, with images as they are, without mixed precision and without clipping the gradient;
-          the published code clips it at a norm of 20.
+        * Unlearning is that of RNP, with images as they are, without mixed precision and without clipping the gradient,
+          for 21 epochs at most; the published code clips it at a norm of 20 and stops after 20 epochs.
         * The weight decay of relearning is that of unlearning; the published code has none.
         * Batches are smaller where there are few images.
+        * A part of the images is held out to judge the result.
 
         With `variant="released"` rows are told by the lower medians, also where the deviation is zero, the gradient of
         unlearning is clipped, and relearning has no weight decay.
