@@ -30,7 +30,7 @@ from untrojan.defenses import auto, views
 from untrojan.lab import zoo
 from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.record import Diagnosis
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.patches import Patches

@@ -25,7 +25,7 @@ from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import Recipe, make_victim
 from untrojan.lab.victim import poison
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.registry import parse
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build

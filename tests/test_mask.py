@@ -8,7 +8,7 @@ from torch import nn
 
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import HeldOut, Mask, budget, curve_point, norm_after, products, require_effect, sweep
-from untrojan.model import correct, mode
+from untrojan.model import correct
 
 UNITS = ("neuron", "filter", "weight")
 
@@ -34,9 +34,8 @@ def batch():
 @pytest.mark.parametrize("training", [False, True])
 def test_ones_change_nothing(net, unit, training):
     mask = Mask.ones(net, unit)
-    with mode(net, training):
-        masked = outputs(mask.call, net, batch())
-        assert torch.equal(masked, outputs(copy.deepcopy(net), batch()))
+    masked = outputs(mask.call, net.train(training), batch())
+    assert torch.equal(masked, outputs(copy.deepcopy(net), batch()))
     baked = mask.bake(net).state_dict()
     assert all(torch.equal(value, baked[name]) for name, value in net.state_dict().items())
 
@@ -45,10 +44,9 @@ def test_ones_change_nothing(net, unit, training):
 @pytest.mark.parametrize("training", [False, True])
 def test_call_is_bake_bit_for_bit(net, unit, training):
     mask = randomly(Mask.ones(net, unit))
-    with mode(net, training):
-        masked = outputs(mask.call, net, batch())
-        assert torch.equal(masked, outputs(mask.bake(net), batch()))
-        assert not torch.equal(masked, outputs(copy.deepcopy(net), batch()))
+    masked = outputs(mask.call, net.train(training), batch())
+    assert torch.equal(masked, outputs(mask.bake(net), batch()))
+    assert not torch.equal(masked, outputs(copy.deepcopy(net), batch()))
 
 
 @unit

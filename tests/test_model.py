@@ -10,18 +10,8 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
-from untrojan.model import (
-    Normalize,
-    check,
-    copied,
-    correct,
-    logits,
-    mode,
-    require,
-    seeded,
-    tapped,
-    warn_of_chance,
-)
+from untrojan.model import Normalize, check, copied, correct, evaluating, logits, require, tapped, warn_of_chance
+from untrojan.randomness import seeded
 
 
 def relabelled(clean, change):
@@ -145,13 +135,12 @@ def test_extra_state_that_is_no_tensor():
     assert check(net, make_clean()) == []
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_mode_puts_every_flag_back(net, training):
+def test_evaluating_puts_every_flag_back(net):
     flags = [index % 2 == 0 for index, _ in enumerate(net.modules())]
     for module, flag in zip(net.modules(), flags, strict=True):
         module.training = flag
-    with contextlib.suppress(KeyError), mode(net, training):
-        assert {module.training for module in net.modules()} == {training}
+    with contextlib.suppress(KeyError), evaluating(net):
+        assert {module.training for module in net.modules()} == {False}
         raise KeyError
     assert [module.training for module in net.modules()] == flags
 

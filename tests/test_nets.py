@@ -15,7 +15,8 @@ from torch import nn
 from untrojan.errors import ConfigError
 from untrojan.lab.victim import train
 from untrojan.mask import products
-from untrojan.model import correct, seeded
+from untrojan.model import correct
+from untrojan.randomness import seeded
 from untrojan.sources import load
 from untrojan.sources.nets import NETS, build
 

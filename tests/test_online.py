@@ -21,7 +21,7 @@ from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import EachBatch, Online
 from untrojan.lab.recipe import ATTACK, Recipe, make_victim
 from untrojan.lab.victim import poison, train
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.registry import describe, discover, parse
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build

@@ -9,7 +9,7 @@ from torch import nn
 
 from untrojan import speed
 from untrojan.data import CleanSet
-from untrojan.model import Normalize, mode
+from untrojan.model import Normalize, evaluating
 from untrojan.sources import load
 from untrojan.sources.files import save_state
 from untrojan.speed import faster, folded, lay_out, layout_of
@@ -29,7 +29,7 @@ def float32(monkeypatch):
 def test_a_faster_network_gives_nearly_the_same_and_shares_the_weights(net):
     clean = make_clean()
     quick = faster(net, clean)
-    with mode(net, training=False), torch.no_grad():
+    with evaluating(net), torch.no_grad():
         assert torch.allclose(quick(clean.floats()).softmax(1), net(clean.floats()).softmax(1), atol=0.1)
     assert [id(each) for each in quick.parameters()] == [id(each) for each in net.parameters()]
     assert faster(quick, clean) is quick
@@ -131,7 +131,7 @@ def test_a_folded_network_gives_the_same_and_the_network_is_left_alone(net):
     before = Snapshot(net)
     quick = folded(net, clean)
     before.assert_same()
-    with mode(net, training=False), torch.no_grad():
+    with evaluating(net), torch.no_grad():
         assert torch.allclose(quick(clean.floats()), net(clean.floats()), atol=1e-4)
 
 

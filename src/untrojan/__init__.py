@@ -167,6 +167,7 @@ def repair(
     Raises:
         ModelError: The model cannot be used.
         DataError: The images do not fit the model.
+        ConfigError: The seed is negative.
 
     Example:
         >>> import torch, untrojan
@@ -197,6 +198,7 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
     Raises:
         ModelError: The model cannot be used.
         DataError: The images do not fit the model.
+        ConfigError: The seed is negative.
 
     Example:
         >>> import torch, untrojan

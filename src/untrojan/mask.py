@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import call_with, correct, mode, watched
+from untrojan.model import call_with, correct, evaluating, watched
 from untrojan.progress import stage
 from untrojan.record import CurvePoint
 
@@ -294,7 +294,7 @@ def norm_after(model: nn.Module, images: Tensor) -> dict[str, str]:
         seen.setdefault(name, (tensor, tensor._version))
 
     with (
-        mode(model, training=False),
+        evaluating(model),
         torch.inference_mode(False),
         torch.no_grad(),
         watched(model, (*names, *normal), note),

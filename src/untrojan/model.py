@@ -6,19 +6,17 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 import contextlib
 import copy
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, out_of_memory
-from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning, UntrojanError, cause
+from untrojan.errors import DataError, ModelError, UnreliableWarning, UntrojanError, cause
 from untrojan.fit import size_without_single
 from untrojan.record import Rate
 
@@ -60,10 +58,10 @@ class Normalize(nn.Module):
 
 
 @contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Hold every part of `model` in training or evaluation mode, then put each part's own flag back."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every part of `model` in evaluation mode, then put each part's own flag back."""
     flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    model.eval()
     try:
         yield
     finally:
@@ -148,54 +146,6 @@ def tapped(
         yield seen
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and Python for the block, then put the random state of all three back.
-
-    Raises:
-        ConfigError: The seed is negative.
-    """
-    if seed < 0:
-        raise ConfigError(f"expected a seed of at least 0, got {seed}")
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-def random_state() -> dict[str, Any]:
-    """Give the state of the random generators of torch, NumPy and Python, as tensors, numbers and text.
-
-    Example:
-        >>> before = random_state()
-        >>> first = torch.rand(1)
-        >>> set_random_state(before)
-        >>> torch.equal(torch.rand(1), first)
-        True
-    """
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    numpy_state = [kind, torch.from_numpy(np.array(keys, np.int64)), *rest]
-    state = {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` gave, also where tuples have become lists."""
-    kind, keys, *rest = state["numpy"]
-    version, internal, gauss = state["python"]
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate((version, tuple(internal), gauss))
-
-
 def call_with(model: nn.Module, images: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Run a network with other parameters and buffers than its own; it is not rewritten.
 
@@ -247,7 +197,7 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
     """
     size = size_without_single(len(clean), batch_size) if batch_size > 1 else batch_size
     try:
-        with mode(model, training=False), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             out = torch.cat([model(images) for images, _ in clean.batches(size)])
     except RuntimeError as error:
         if not out_of_memory(error) or size == 1:
@@ -338,7 +288,7 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
         return problems
     few = clean.take(range(min(2, len(clean)))).to(device_of(model)).floats()
     try:
-        with mode(model, training=False), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             out = model(few.clone())
     except Exception as error:
         size = "x".join(map(str, clean.shape))
@@ -375,7 +325,7 @@ def _usable(value: Tensor, may_be_infinite: bool) -> bool:
 
 
 def _check_gradient(model: nn.Module, few: Tensor) -> list[Problem]:
-    with mode(model, training=False), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         shown = few.clone().requires_grad_()
         try:
             torch.autograd.grad(model(shown).sum(), shown)

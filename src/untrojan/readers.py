@@ -350,7 +350,9 @@ def _open_npz(path: Path) -> Rows:
                     known = to_tensor(archive[labels])
                     break
             else:
-                raise DataError(f"{path}: expected arrays images and labels, got {', '.join(archive.files)}")
+                raise DataError(
+                    f"{path}: expected arrays images and labels, x and y, or image and label, got {', '.join(archive.files)}"
+                )
     except DataError as error:
         if "allow_pickle" in str(error):
             raise UnsafeFileError(f"{path} holds pickled objects; save plain arrays of numbers instead") from error

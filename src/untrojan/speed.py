@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from untrojan.data import CleanSet
 from untrojan.device import device_of
 from untrojan.fit import learnable
-from untrojan.model import Normalize, mode
+from untrojan.model import Normalize, evaluating
 
 _ALIKE = 0.1
 _FOLDED_ALIKE = 0.01
@@ -43,7 +43,7 @@ def faster(model: nn.Module, clean: CleanSet, rounding: bool = True) -> nn.Modul
         return model
     few = clean.take(range(min(2, len(clean)))).floats()
     quick = _Faster(model, rounding and multiplies_bfloat16(device), few)
-    with mode(model, training=False):
+    with evaluating(model):
         try:
             shown = few.clone().requires_grad_()
             out = quick(shown)
@@ -72,7 +72,7 @@ def layout_of(quick: nn.Module) -> torch.memory_format:
         for parameter in filter(learnable, tried.parameters()):
             parameter.requires_grad_()
         lay_out(tried, quick.layout)
-        with mode(tried, training=False):
+        with evaluating(tried):
             tried(quick.few).sum().backward()
     except RuntimeError:
         return torch.contiguous_format
@@ -120,7 +120,7 @@ def folded(model: nn.Module, clean: CleanSet) -> nn.Module:
     if any(isinstance(each, nn.BatchNorm2d) for each in network.modules()):
         few = clean.take(range(min(2, len(clean)))).floats()
         # A forward pass that cannot be traced says so by whatever error its own code runs into.
-        with mode(network, training=False), torch.no_grad(), contextlib.suppress(Exception):
+        with evaluating(network), torch.no_grad(), contextlib.suppress(Exception):
             fused, wanted = _fused(network), network(few)
             if (fused(few) - wanted).abs().max() <= _FOLDED_ALIKE * wanted.abs().max():
                 model = fused

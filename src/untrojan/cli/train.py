@@ -23,7 +23,7 @@ from untrojan.device import chosen
 from untrojan.errors import ConfigError, visible
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord, checkpoint_of, make_victim
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.registry import parse
 from untrojan.sources.nets import build
 from untrojan.writing import RECORD

@@ -17,7 +17,7 @@ from untrojan.defenses.pruning import Pruning
 from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit
 from untrojan.mask import Mask, require_effect
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 
 Noise = Mapping[str, Tensor]
 

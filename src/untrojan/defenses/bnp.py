@@ -14,7 +14,7 @@ from untrojan.defenses.outliers import Outliers
 from untrojan.device import new_generator
 from untrojan.errors import ModelError
 from untrojan.mask import Mask, norm_after, norms
-from untrojan.model import mode, tapped
+from untrojan.model import evaluating, tapped
 from untrojan.progress import stage
 
 RELEASED_BATCH = 500
@@ -126,7 +126,7 @@ def _moments(model: nn.Module, clean: CleanSet, names: list[str]) -> dict[str, _
     sums: dict[str, tuple[int, Tensor | float, Tensor | float]] = {}
     with (
         stage("moments", total=math.ceil(len(clean) / BATCH)) as advance,
-        mode(model, training=False),
+        evaluating(model),
         torch.no_grad(),
         tapped(model, names, "input") as seen,
     ):

@@ -12,7 +12,7 @@ from untrojan.data import CleanSet
 from untrojan.defenses.outliers import Outliers
 from untrojan.errors import ModelError
 from untrojan.mask import PRODUCTS, Mask, Unit, norm_after
-from untrojan.model import mode
+from untrojan.model import evaluating
 from untrojan.progress import stage
 
 
@@ -74,7 +74,7 @@ class CLP(Outliers):
         before = {norm: layer for layer, norm in after.items()}
         bounds = {}
         units = Mask.ones(model, self.unit).values
-        with stage("bound", total=len(units)) as advance, mode(model, training=False), torch.no_grad():
+        with stage("bound", total=len(units)) as advance, evaluating(model), torch.no_grad():
             for name, ones in units.items():
                 unit = name.removesuffix(".weight")
                 layer = before.get(unit, unit)

@@ -25,8 +25,9 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import copied, correct, logits, require, seeded, warn_of_chance
+from untrojan.model import copied, correct, logits, require, warn_of_chance
 from untrojan.progress import overall, timing
+from untrojan.randomness import seeded
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
@@ -156,7 +157,8 @@ class Defense(ABC):
         Raises:
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
-            ConfigError: The diagnosis suspects a label that the model does not have.
+            ConfigError: The diagnosis suspects a label, or the method asks for a unit or layer, that the model does not
+                have; or the seed is negative.
         """
         device = device_of(model)
         clean = clean.to(device)

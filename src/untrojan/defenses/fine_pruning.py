@@ -14,7 +14,7 @@ from untrojan.defenses.tuning import Tuning, boldest, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.errors import ModelError
 from untrojan.mask import Mask, products
-from untrojan.model import mode, tapped
+from untrojan.model import evaluating, tapped
 from untrojan.record import Diagnosis
 
 _STEP = 0.01
@@ -113,7 +113,7 @@ def _activations(model: nn.Module, head: str, clean: CleanSet) -> Tensor:
     """Sum of the absolute values of every feature that goes into `head`, over images and positions: `(features,)`."""
     channel = 1 - model.get_parameter(f"{head}.weight").ndim
     total = torch.zeros(())
-    with mode(model, training=False), torch.no_grad(), tapped(model, [head], "input") as seen:
+    with evaluating(model), torch.no_grad(), tapped(model, [head], "input") as seen:
         for images, _ in clean.batches(100):
             model(images)
             for features in seen[head]:

@@ -18,7 +18,7 @@ from untrojan.defenses.tuning import Tuning, sgd_cosine
 from untrojan.device import device_of, new_generator, running_on
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import norm_after, products
-from untrojan.model import mode, tapped
+from untrojan.model import evaluating, tapped
 from untrojan.progress import stage
 from untrojan.record import Diagnosis
 
@@ -151,7 +151,7 @@ class FMP(Tuning):
         names = [name for name, width in widths.items() if width >= self.p]
         scores: dict[str, Tensor] = {}
         total = sum(widths[name] for name in names) * math.ceil(len(shown) / BATCH)
-        with stage("rank maps", total=total) as advance, mode(model, training=False):
+        with stage("rank maps", total=total) as advance, evaluating(model):
             for images, labels in shown.batches(BATCH) if names else ():
                 made = self._made(model, names, images, self._start(images, generator))
                 while group := list(islice(made, SCORED_AT_ONCE // len(images))):

@@ -15,7 +15,7 @@ from untrojan.defenses.pruning import Pruning
 from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit, size_without_single, supervised
 from untrojan.mask import Mask, require_effect
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.record import Check, UnlearningRun
 from untrojan.scanners.unlearning import VIEWS, Unlearning, View, warn_of_missed_floor
 

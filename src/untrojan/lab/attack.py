@@ -11,7 +11,7 @@ from torch import Tensor
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.readers import decoding, pixels
 
 if TYPE_CHECKING:

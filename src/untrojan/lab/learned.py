@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.sources.files import Checkpoint
 
 _GROUPS = 8

@@ -20,7 +20,8 @@ from untrojan.lab.evaluate import Scores, evaluate, least_asr, require_measurabl
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
-from untrojan.model import require, seeded
+from untrojan.model import require
+from untrojan.randomness import seeded
 from untrojan.record import AnyRecord, CleanInfo, ModelInfo
 from untrojan.registry import files, identity
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of

@@ -16,7 +16,7 @@ from untrojan.errors import ConfigError, RecordError
 from untrojan.lab.cell import CellRecord
 from untrojan.lab.grid import Cell
 from untrojan.lab.work import Answer, Job
-from untrojan.progress import stage
+from untrojan.progress import Advance, stage
 from untrojan.record import ScanRecord
 from untrojan.registry import spec
 from untrojan.writing import write_atomic
@@ -157,7 +157,7 @@ class _Run:
         self.done = 0
         self.failed: list[Path] = []
 
-    def all(self, advance: Any) -> Ran:
+    def all(self, advance: Advance) -> Ran:
         while self._start_what_can():
             job, answer = self.pool.wait()
             self.working -= 1

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.lab.victim import train
 from untrojan.mask import products
-from untrojan.model import require_logits, seeded, tapped
+from untrojan.model import require_logits, tapped
+from untrojan.randomness import seeded
 from untrojan.sources.nets import build
 
 

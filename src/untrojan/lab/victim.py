@@ -20,7 +20,7 @@ from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarnin
 from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
-from untrojan.model import random_state, seeded, set_random_state
+from untrojan.randomness import random_state, seeded, set_random_state
 from untrojan.speed import faster, lay_out, layout_of
 
 State = Mapping[str, Any]

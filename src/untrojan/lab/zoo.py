@@ -18,7 +18,7 @@ from untrojan.device import chosen
 from untrojan.errors import ConfigError, RecordError, UntrojanError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
-from untrojan.model import seeded
+from untrojan.randomness import seeded
 from untrojan.record import AnyRecord
 from untrojan.registry import discover, files, identity, make, parse, read_toml
 from untrojan.sources.files import Checkpoint, state_sha256

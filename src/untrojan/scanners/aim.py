@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.fit import Epoch
-from untrojan.model import mode
+from untrojan.model import evaluating
 
 
 class Aim(NamedTuple):
@@ -85,7 +85,7 @@ class Aim(NamedTuple):
         if self.label is not None and not (clean.labels != self.label).any():
             return 0.0
         others = self.others(clean)
-        with mode(model, training=False), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             hits = sum(int(self.sent(model(change(some)), labels).sum()) for some, labels in others.batches(100))
         return hits / len(others)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.data import CleanSet
-from untrojan.model import mode
+from untrojan.model import evaluating
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.record import ChangeKind, Comparison
@@ -70,7 +70,7 @@ class Changes(ABC):
     def best(self, model: nn.Module, shown: CleanSet, aim: Aim) -> tuple[Tensor, float]:
         """The change that sends most of the images where they are to go, `(1, ...)`, and the share of them."""
         images = shown.floats()
-        with mode(model, training=False), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             each = self.values.repeat_interleave(len(images), 0).split(len(images))
             sent = [aim.sent(model(self.changed(images, values)), shown.labels) for values in each]
         shares = torch.stack([hits.float().mean() for hits in sent])
@@ -80,7 +80,7 @@ class Changes(ABC):
     def climb(self, model: nn.Module, images: Tensor, labels: Tensor, aim: Aim) -> None:
         """Move every change one step towards sending its part of the images `(N, C, H, W)` where they are to go."""
         values = self.values.clone().requires_grad_()
-        with mode(model, training=False):
+        with evaluating(model):
             out = model(self.changed(images, values[torch.arange(len(images)) % len(values)]))
             (slope,) = torch.autograd.grad(aim.loss(out, labels), values)
         slope = slope.nan_to_num(0, 0, 0)

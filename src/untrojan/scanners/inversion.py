@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.fit import fit
-from untrojan.model import mode
+from untrojan.model import evaluating
 from untrojan.pictures import png
 from untrojan.scanners.aim import Aim
 from untrojan.speed import folded
@@ -142,7 +142,7 @@ def _improve(
         out = model((images + values).clamp(0, 1))
         return aim.loss(out, labels), out
 
-    with mode(model, training=False):
+    with evaluating(model):
         fit(
             [values],
             step,

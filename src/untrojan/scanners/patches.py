@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.fit import fit
-from untrojan.model import mode
+from untrojan.model import evaluating
 from untrojan.pictures import png
 from untrojan.progress import stage
 from untrojan.scanners.aim import Aim
@@ -190,7 +190,7 @@ def search(
     rounds = min(ROUNDS, steps)
     model = folded(model, clean)
     look = _Search(model, aim.others(clean), aim, generator, known, unguided=steps // rounds)
-    with mode(model, training=False):
+    with evaluating(model):
         fit(
             [look.patterns],
             look.step,
@@ -281,7 +281,7 @@ def _outputs(model: nn.Module, shown: CleanSet, patches: Patches) -> Iterator[Te
     images = shown.floats()
     for rows in torch.arange(len(patches.boxes)).split(AT_ONCE):
         stamped = patches.stamp(images.repeat(len(rows), 1, 1, 1), rows.repeat_interleave(len(images)))
-        with mode(model, training=False), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             out = model(stamped)
         yield out.unflatten(0, (len(rows), len(images)))
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import copied, seeded
+from untrojan.model import copied
 from untrojan.progress import timing
+from untrojan.randomness import seeded
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
@@ -151,7 +152,7 @@ def screen(
     Raises:
         ModelError: The model cannot be used.
         DataError: The clean images or the samples do not fit the model, or cannot be read.
-        ConfigError: There is no detector, or one twice.
+        ConfigError: There is no detector, or one twice, or the seed is negative.
 
     Example:
         >>> from untrojan.sources.nets import build

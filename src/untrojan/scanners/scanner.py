@@ -7,8 +7,9 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import classes_of, copied, require, seeded, warn_of_chance
+from untrojan.model import classes_of, copied, require, warn_of_chance
 from untrojan.progress import timing
+from untrojan.randomness import seeded
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
 from untrojan.registry import describe
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
@@ -35,6 +36,7 @@ class Scanner(ABC):
         Raises:
             ModelError: The model cannot be used.
             DataError: The images do not fit the model.
+            ConfigError: The seed is negative.
         """
         with running_on(device_of(model)), seeded(seed):
             require(copied(model), clean)
@@ -58,6 +60,7 @@ class Scanner(ABC):
         Raises:
             ModelError: The model cannot be used.
             DataError: The images do not fit the model.
+            ConfigError: The seed is negative.
         """
         with collected() as caught, timing() as seconds, seeded(seed):
             diagnosis = self.scan(model, clean, seed)

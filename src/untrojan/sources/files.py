@@ -147,9 +147,6 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# Changes
-
-
 def unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same state dict without the `module.` or `_orig_mod.` that wrappers put in front of all names.
 

@@ -12,7 +12,7 @@ from untrojan.data import CleanSet
 from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import Online, update
-from untrojan.model import mode
+from untrojan.model import evaluating
 
 _STEEPNESS = 10.0
 _EPS = 1e-7
@@ -124,7 +124,7 @@ class _Learning(Online):
         patterns, different = pattern_of(images, self.network), pattern_of(others, self.network)
         given = torch.where(own[:, None, None, None], patterns, different)
         triggered = images.lerp(given, mask_of(givers, self.network).detach())
-        with mode(net, training=False):
+        with evaluating(net):
             loss = functional.cross_entropy(net(triggered), labels)
         update(self.patterns, loss + self._sameness(images, others, patterns, different))
         return triggered.detach()

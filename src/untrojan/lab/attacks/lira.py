@@ -12,7 +12,7 @@ from untrojan.data import CleanSet
 from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import Online, update
-from untrojan.model import mode
+from untrojan.model import evaluating
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -84,6 +84,6 @@ class _Learning(Online):
         return self.with_copies(images, labels, wanted, chosen)
 
     def _learn(self, images: Tensor, wanted: Tensor, net: nn.Module) -> None:
-        with mode(net, training=False):
+        with evaluating(net):
             loss = functional.cross_entropy(net(self.how.change(images, self.network)), wanted)
         update(self.updates, loss)

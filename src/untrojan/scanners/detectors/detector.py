@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import DataError, ModelError
-from untrojan.model import copied, require, seeded
+from untrojan.model import copied, require
+from untrojan.randomness import seeded
 from untrojan.record import Diagnosis
 from untrojan.scanners.suspects import Suspects
 
@@ -40,6 +41,7 @@ class Detector(ABC):
         Raises:
             ModelError: The model cannot be used, or a score is NaN or infinite.
             DataError: The clean images or the samples do not fit the model.
+            ConfigError: The seed is negative.
         """
         with running_on(device_of(model)), seeded(seed):
             clean = clean.to(device_of(model))
