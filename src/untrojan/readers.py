@@ -350,9 +350,8 @@ def _open_npz(path: Path) -> Rows:
                     known = to_tensor(archive[labels])
                     break
             else:
-                raise DataError(
-                    f"{path}: expected arrays images and labels, x and y, or image and label, got {', '.join(archive.files)}"
-                )
+                pairs = ", or ".join(" and ".join(pair) for pair in _NPZ_PAIRS)
+                raise DataError(f"{path}: expected arrays {pairs}, got {', '.join(archive.files)}")
     except DataError as error:
         if "allow_pickle" in str(error):
             raise UnsafeFileError(f"{path} holds pickled objects; save plain arrays of numbers instead") from error
