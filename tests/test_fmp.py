@@ -309,3 +309,20 @@ def test_divergence_does_not_crash():
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^fmp: `{next(iter(fields))}`"):
         make(FMP, fields)
+
+
+@pytest.mark.parametrize("most", [40, 4])
+def test_ranking_goes_on_with_fewer_images_at_a_time_where_the_memory_does_not_suffice(most):
+    net, clean, sizes = wide(6), make_clean(), []
+
+    def short(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    net.register_forward_pre_hook(short)
+    with pytest.warns(UnreliableWarning, match="out of memory: 16 images at a time go through the network, not 32"):
+        rankings = FMP(p=6, images=32).rank(net, clean, seed=0)
+    assert [len(ranking.right) for ranking in rankings.values()] == [6]
+    assert (rankings["0"].right <= 32).all()
+    assert sizes[-1] <= most

@@ -9,12 +9,16 @@ are float32.
 """
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from untrojan.errors import ConfigError, cause
+from untrojan.errors import ConfigError, UnreliableWarning, cause
+
+T = TypeVar("T")
 
 AUTO = "auto"
 
@@ -51,6 +55,27 @@ def out_of_memory(error: RuntimeError) -> bool:
         (True, False)
     """
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halving(call: Callable[[int], T], size: int) -> T:
+    """Call with a batch size, and with half of it, down to 1, where the memory does not suffice, which a warning says.
+
+    Raises:
+        torch.OutOfMemoryError: A single image is too much.
+
+    Example:
+        >>> halving(lambda size: [size] * 2, 100)
+        [100, 100]
+    """
+    while True:
+        try:
+            return call(size)
+        except RuntimeError as error:
+            if not out_of_memory(error) or size == 1:
+                raise
+        text = f"out of memory: {size // 2} images at a time go through the network, not {size}"
+        warnings.warn(UnreliableWarning(text), stacklevel=3)
+        size //= 2
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from untrojan.data import CleanSet
-from untrojan.device import device_of, out_of_memory
+from untrojan.device import device_of, halving
 from untrojan.errors import DataError, ModelError, UnreliableWarning, UntrojanError, cause
 from untrojan.fit import size_without_single
 from untrojan.record import Rate
@@ -195,20 +195,16 @@ def logits(model: nn.Module, clean: CleanSet, batch_size: int = 100) -> Tensor:
         ModelError: A logit is NaN or infinite.
         torch.OutOfMemoryError: A single image is too much.
     """
-    size = size_without_single(len(clean), batch_size) if batch_size > 1 else batch_size
-    try:
-        with evaluating(model), torch.no_grad():
-            out = torch.cat([model(images) for images, _ in clean.batches(size)])
-    except RuntimeError as error:
-        if not out_of_memory(error) or size == 1:
-            raise
-        text = f"out of memory: {size // 2} images at a time go through the network, not {size}"
-        warnings.warn(UnreliableWarning(text), stacklevel=2)
-    else:
-        if not torch.isfinite(out).all():
-            raise ModelError("expected finite logits, got NaN or infinity")
-        return out
-    return logits(model, clean, size // 2)
+
+    def at_a_time(size: int) -> Tensor:
+        size = size_without_single(len(clean), size) if size > 1 else size
+        return torch.cat([model(images) for images, _ in clean.batches(size)])
+
+    with evaluating(model), torch.no_grad():
+        out = halving(at_a_time, batch_size)
+    if not torch.isfinite(out).all():
+        raise ModelError("expected finite logits, got NaN or infinity")
+    return out
 
 
 def classes_of(model: nn.Module, clean: CleanSet) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, sgd_cosine
-from untrojan.device import device_of, new_generator, running_on
+from untrojan.device import device_of, halving, new_generator, running_on
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import norm_after, products
 from untrojan.model import evaluating, tapped
@@ -147,14 +147,17 @@ class FMP(Tuning):
     def _rank(self, model: nn.Module, clean: CleanSet, generator: torch.Generator) -> dict[str, Ranking]:
         limit = min(self.images, BATCH) if self.variant == "released" else self.images
         shown = clean.some(limit, generator)
+        return halving(partial(self._scored, model, shown, generator), BATCH)
+
+    def _scored(self, model: nn.Module, shown: CleanSet, generator: torch.Generator, batch: int) -> dict[str, Ranking]:
         widths = {name: len(_weight(model, name)) for name in products(model)[:-1]}
         names = [name for name, width in widths.items() if width >= self.p]
         scores: dict[str, Tensor] = {}
-        total = sum(widths[name] for name in names) * math.ceil(len(shown) / BATCH)
+        total = sum(widths[name] for name in names) * math.ceil(len(shown) / batch)
         with stage("rank maps", total=total) as advance, evaluating(model):
-            for images, labels in shown.batches(BATCH) if names else ():
+            for images, labels in shown.batches(batch) if names else ():
                 made = self._made(model, names, images, self._start(images, generator))
-                while group := list(islice(made, SCORED_AT_ONCE // len(images))):
+                while group := list(islice(made, SCORED_AT_ONCE * batch // BATCH // len(images))):
                     for one, score in zip(group, _scores(model, [one.images for one in group], labels), strict=True):
                         scores.setdefault(one.layer, torch.zeros(widths[one.layer], 2))[one.map] += score
                         advance()
