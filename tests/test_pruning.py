@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import DEFENSES, GIVEN, Returns, backdoored, build, make_clean
+from tiny import DEFENSES, GIVEN, QUICK, Returns, backdoored, build, make_clean
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -31,7 +31,7 @@ class InOrder(Pruning):
     name: ClassVar[str] = "in-order"
 
     def score(self, model, clean, seed, detail=""):
-        ones = Mask.ones(model, "neuron")
+        ones = Mask.ones(model, self.unit)
         places = iter(torch.arange(ones.total) / ones.total)
         return ones.map(lambda value: torch.stack([next(places) for _ in value]))
 
@@ -135,3 +135,29 @@ def test_scores_are_judged_on_images_that_they_were_not_learned_on(name, monkeyp
     assert [one & other for one, other in zip(learned[1:], judged, strict=True)] == [set()] * 3
     assert [one | other for one, other in zip(learned[1:], judged, strict=True)] == [everything] * 3
     assert sorted(place for part in judged for place in part) == sorted(everything)
+
+
+@pytest.mark.usefixtures("no_checks")
+@pytest.mark.parametrize("name", ["rnp", "anp", "bnp", "clp"])
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_the_bias_of_a_pruned_channel_stays_or_goes_as_asked(name, zero_bias):
+    net = build("batchnorm")
+    fields = {key: value for key, value in QUICK[name].items() if key != "count"}
+    repair = make(DEFENSES[name], fields | {"count": 4, "zero_bias": zero_bias}).repair(net, make_clean(), GIVEN)
+    before, after = net.state_dict(), repair.model.state_dict()
+    cut = {each.name: each.changed for each in repair.record.layers if each.changed}
+    assert sum(map(len, cut.values())) == 4
+    for layer, places in cut.items():
+        assert (after[f"{layer}.weight"][places] == 0).all()
+        kept = torch.zeros(len(places)) if zero_bias else before[f"{layer}.bias"][places]
+        assert torch.equal(after[f"{layer}.bias"][places], kept)
+
+
+def test_published_clp_alone_takes_the_bias():
+    prunings = {name: cls for name, cls in DEFENSES.items() if issubclass(cls, Pruning)}
+    assert {name: make(cls, {}).zero_bias for name, cls in prunings.items()} == {
+        "anp": False,
+        "bnp": False,
+        "clp": True,
+        "rnp": False,
+    }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.defenses.outliers import Outliers
 from untrojan.errors import ModelError
-from untrojan.mask import PRODUCTS, Mask, Unit, norm_after
+from untrojan.mask import PRODUCTS, Mask, norm_after
 from untrojan.model import evaluating
 from untrojan.progress import stage
 
@@ -62,7 +62,8 @@ class CLP(Outliers):
 
     name: ClassVar[str] = "clp"
     data_free: ClassVar[bool] = True
-    unit: ClassVar[Unit] = "filter"
+
+    zero_bias: bool = True
 
     def measure(self, model: nn.Module, clean: CleanSet, seed: int) -> Mapping[str, Tensor]:
         """Bound the Lipschitz constant of every channel that a convolution or linear layer makes.

@@ -26,7 +26,7 @@ DISARMED = 0.1
 class Pruning(Defense):
     """Base of the defenses that prune by scores; authors write :meth:`score`.
 
-    Class variables say which kind of unit is pruned and which thresholds the curve shows.
+    A class variable says which thresholds the curve shows.
 
     Attributes:
         variant: `fixed` or `released`; see Deviations. `released` scores on all images, so the curve shows the accuracy
@@ -39,9 +39,10 @@ class Pruning(Defense):
         count: Prune this many units, lowest scores first, for `count`.
         folds: Parts the images are cut into, so that scores made without a part are judged on it. With one image per
             class, they are judged on classes that they never saw, which prunes less.
+        zero_bias: Whether the bias of a pruned channel goes with its scale, so that nothing of it is left. As
+            published, it does for CLP and stays for the others.
     """
 
-    unit: ClassVar[Unit] = "neuron"
     thresholds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(19))
 
     variant: Literal["fixed", "released"] = "fixed"
@@ -49,12 +50,18 @@ class Pruning(Defense):
     threshold: float = 0.2
     count: int = Field(default=20, ge=0)
     folds: int = Field(default=2, ge=2)
+    zero_bias: bool = False
 
     @model_validator(mode="after")
     def _need_a_rule(self) -> Self:
         if self.variant == "released" and self._budgeted:
             raise ValueError("the released code has no such rule; give select threshold or count with it")
         return self
+
+    @property
+    def unit(self) -> Unit:
+        """What is pruned: the scales of channels, or whole ones."""
+        return "filter" if self.zero_bias else "neuron"
 
     @abstractmethod
     def score(self, model: nn.Module, clean: CleanSet, seed: int, detail: str = "") -> Mask:
@@ -69,7 +76,7 @@ class Pruning(Defense):
 
     def ordered(self, learned: Mask, at_zero: Sequence[Tensor]) -> Mask:
         """Make scores of multipliers in [0, 1]; those at 0 get what tells them apart, in [-1, 0), unless `released`."""
-        learned = learned.map(Tensor.detach)
+        learned = Mask(learned.map(Tensor.detach).values, self.unit)
         if self.variant == "released":
             return learned.map(lambda value: value.mul(1e4).round().div(1e4))
         order = iter(at_zero)

@@ -83,7 +83,8 @@ class RNP(Unlearning, Pruning):
         * A loss that leaves the numbers ends the stage at the last finite state.
 
         Published and kept: the loss factor 0.2, as one number with the learning rate; no gradient clipping, because
-        theirs stands before the backward pass and does nothing; the bias of a pruned channel stays.
+        theirs stands before the backward pass and does nothing; the bias of a pruned channel stays
+        (`zero_bias`).
         With `variant="released"` images are cropped and flipped throughout, all of them are used to learn the masks,
         masks are rounded to four decimals, and the threshold must be given.
     """
