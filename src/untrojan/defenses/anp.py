@@ -85,9 +85,9 @@ class ANP(Pruning):
         * Networks without BatchNorm have other neurons, see above; a layer without a bias has only its scale changed.
         * A loss that leaves the numbers ends the learning at the last finite masks.
 
-        Published and kept: normalization by the statistics of the batch; the bias of a pruned channel stays (`zero_bias`). With
-        `variant="released"` nothing is projected, images are cropped and flipped, all of them are used to learn the
-        masks, masks are rounded to four decimals, and the threshold must be given.
+        Published and kept: normalization by the statistics of the batch; the bias of a pruned channel stays
+        (`zero_bias`). With `variant="released"` nothing is projected, images are cropped and flipped, all of them are
+        used to learn the masks, masks are rounded to four decimals, and the threshold must be given.
     """
 
     name: ClassVar[str] = "anp"
