@@ -847,7 +847,7 @@ def test_evaluate_refuses_what_it_cannot_measure(measured, options, expected, fr
 @pytest.mark.parametrize(
     ("images", "labels", "fragment"),
     [
-        (GREY.repeat(3, 1), EACH, "cannot take images of 3x8x8"),
+        (GREY.repeat(3, 1), EACH, "model.safetensors: the model cannot take images of 3x8x8"),
         (GREY, EACH + 1, "label 10"),
     ],
 )

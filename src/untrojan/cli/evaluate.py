@@ -12,7 +12,7 @@ from untrojan.cli.options import (
     working,
 )
 from untrojan.device import chosen
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.evaluate import Scores
 from untrojan.lab.evaluate import evaluate as measure
@@ -56,10 +56,17 @@ def evaluate(
     if before is not None and known is None:
         raise ConfigError("--before rates a defense against an attack (DER); give --attack and --target with it")
     place = chosen(device)
+
+    def measured(path: str, earlier: Scores | None = None) -> Scores:
+        network = load(path, net, mean, std).to(place)
+        try:
+            return measure(network, images, known, target, earlier)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from error
+
     with working(quiet):
         images = load_images(test, samples, samples_per_class)
-        earlier = None if before is None else measure(load(before, net, mean, std).to(place), images, known, target)
-        scores = measure(load(model, net, mean, std).to(place), images, known, target, earlier)
+        scores = measured(model, None if before is None else measured(before))
     click.echo(scores.model_dump_json(indent=2) if as_json else table(scores))
     return 0
 
