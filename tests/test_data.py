@@ -681,7 +681,7 @@ class TestNpz:
     @pytest.mark.parametrize(
         ("arrays", "message"),
         [
-            ({"pictures": np.zeros(3), "labels": np.zeros(3)}, "images and labels, got pictures, labels"),
+            ({"pictures": np.zeros(3), "labels": np.zeros(3)}, "images and labels, or x and y, or image and label, got pictures, labels"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros(2, int)}, "got 3 images, 2 labels"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros((3, 1), int)}, r"got shape \(3, 1\)"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.array(["a"] * 3)}, "array of numbers"),
