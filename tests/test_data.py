@@ -681,7 +681,10 @@ class TestNpz:
     @pytest.mark.parametrize(
         ("arrays", "message"),
         [
-            ({"pictures": np.zeros(3), "labels": np.zeros(3)}, "images and labels, or x and y, or image and label, got pictures, labels"),
+            (
+                {"pictures": np.zeros(3), "labels": np.zeros(3)},
+                "or image and label, got pictures, labels",
+            ),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros(2, int)}, "got 3 images, 2 labels"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros((3, 1), int)}, r"got shape \(3, 1\)"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.array(["a"] * 3)}, "array of numbers"),
@@ -894,3 +897,16 @@ class TestSharedData:
         assert CleanSet.load(SHARED / "data/gtsrb/test.parquet", samples_per_class=1).counts == [1] * 43
         with pytest.raises(DataError, match="43 classes need at least 43 samples"):
             CleanSet.load(SHARED / "data/gtsrb/train.parquet", samples=42)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [(["10", "2", "0"], ["0", "2", "10"]), (["10", "2", "cat"], ["10", "2", "cat"]), (["02", "10"], ["02", "10"])],
+)
+def test_class_folders_named_by_numbers_are_in_the_order_of_these(tmp_path, names, order):
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4), len(name)).save(tmp_path / name / "a.png")
+    clean = CleanSet.load(tmp_path)
+    assert clean.class_names == tuple(order)
+    assert [int(image.max()) for image in clean.images] == [len(name) for name in order]

@@ -77,8 +77,8 @@ class CleanSet:
         A source is a Hugging Face parquet file, a folder of parquet shards, a saved `datasets` directory, a
         folder with one subfolder of images per class, an npz file with `images` and `labels` (or `x` and
         `y`, or `image` and `label`), or a Hub id when there is no such path. Where a source has several splits,
-        `train` is read. In an image folder classes are numbered in the order of their names; hidden files and
-        files without an image suffix are ignored.
+        `train` is read. In an image folder classes are numbered in the order of their names, which is that of
+        numbers where all names are; hidden files and files without an image suffix are ignored.
 
         Args:
             source: The path or Hub id.

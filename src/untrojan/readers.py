@@ -323,6 +323,8 @@ def _one_split(shards: list[Path], path: Path) -> list[Path]:
 def _open_image_folder(folders: list[Path], path: Path) -> Rows:
     if not folders:
         raise DataError(f"{path}: expected one subfolder of images per class, got none")
+    if all(folder.name.isdecimal() for folder in folders):
+        folders = sorted(folders, key=lambda folder: int(folder.name))
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
