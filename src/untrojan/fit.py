@@ -147,10 +147,12 @@ def fit(
         updates.load_state_dict(begin.optimizer)
         rate.load(begin.schedule)
     gradient = _Gradient(parameters, step)
-    sound, confirmed = _copies((*parameters, *buffers)), len(history)
+    sound: list[Tensor] = []
+    confirmed = len(history)
     with stage(name, total=epochs - len(history), detail=detail) as advance:
         while len(history) < epochs:
-            start = _copies((*parameters, *buffers))
+            start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
+            sound = sound or start
             tally = _Tally()
             for images, labels in batches():
                 updates.zero_grad()
@@ -297,10 +299,6 @@ class _Tally:
     def epoch(self) -> Epoch:
         shares = torch.as_tensor(self.votes) / self.images
         return Epoch(self.loss / self.images, self.correct / self.images, shares)
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
 
 
 def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

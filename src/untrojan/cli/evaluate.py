@@ -3,6 +3,7 @@
 import click
 
 from untrojan.cli.options import (
+    SOURCES,
     attack_options,
     json_option,
     load_images,
@@ -23,12 +24,7 @@ from untrojan.sources import load
 
 @click.command()
 @net_options
-@click.option(
-    "--test",
-    required=True,
-    metavar="DATA",
-    help="Test images: parquet, npz, folder per class, saved data set, or Hub id.",
-)
+@click.option("--test", required=True, metavar="DATA", help=f"Test images: {SOURCES}.")
 @sample_options
 @attack_options
 @click.option("--before", metavar="MODEL", help="The model before its repair, to add DER.")

@@ -32,6 +32,9 @@ T = TypeVar("T")
 EXIT_CODES = {"not_found": 0, "found": 1, "inconclusive": 2}
 """What a command that only examines a model exits with, by the verdict."""
 
+SOURCES = "parquet, npz, folder per class, saved data set, or Hub id"
+"""What images are read from, for the help of an option."""
+
 _AT_LEAST_ONE = click.IntRange(min=1)
 
 
@@ -176,12 +179,7 @@ net_options = in_order(
 )
 """What is needed to open a model: the file, the architecture, normalization, and the device."""
 
-clean_option = click.option(
-    "--clean",
-    required=True,
-    metavar="DATA",
-    help="Clean images: parquet, npz, folder per class, saved data set, or Hub id.",
-)
+clean_option = click.option("--clean", required=True, metavar="DATA", help=f"Clean images: {SOURCES}.")
 """`--clean`."""
 
 sample_options = in_order(

@@ -8,6 +8,7 @@ import click
 
 from untrojan.cli.evaluate import table
 from untrojan.cli.options import (
+    SOURCES,
     attack_options,
     device_option,
     json_option,
@@ -33,9 +34,7 @@ EXIT_CODES = {"trained": 0, "backdoored": 0, "attack_did_not_take": 2}
 
 @click.command()
 @click.option("--net", required=True, help="Architecture, such as small-vgg:classes=10, or package.module:callable.")
-@click.option(
-    "--data", required=True, help="Clean training images: parquet, npz, folder per class, saved data set, or Hub id."
-)
+@click.option("--data", required=True, help=f"Clean training images: {SOURCES}.")
 @click.option("--test", metavar="DATA", help="Test images; left out, a fifth of the data is held out.")
 @attack_options
 @click.option("--rate", type=float, metavar="R", help="Poisoning rate in [0, 1]; left out, the published one.")

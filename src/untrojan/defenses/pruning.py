@@ -101,15 +101,16 @@ class Pruning(Defense):
         parts = self._parts(model, clean, whole, seed)
         before = torch.cat([correct(model, part.clean) for part in parts])
         cuts = self._cuts(whole)
+        masks = [cut(whole) for cut in cuts]
         right = sweep(model, parts, cuts)
         chosen = budget(right, before, self.budget) if self._budgeted else self._given()
         if self._budgeted:
-            chosen = self._affordable(model, clean, whole, cuts, chosen)
+            chosen = self._affordable(model, clean, masks, chosen)
         shares: list[float] = []
         if self.select == "surrogate" and chosen is not None:
-            shares = self._disarmed(model, clean, diagnosis, [cut(whole) for cut in cuts[: chosen + 1]], seed)
+            shares = self._disarmed(model, clean, diagnosis, masks[: chosen + 1], seed)
             chosen = len(shares) - 1 if shares else chosen
-        kept = whole.map(torch.ones_like) if chosen is None else cuts[chosen](whole)
+        kept = whole.map(torch.ones_like) if chosen is None else masks[chosen]
         checks = self._demands(whole, kept)
         if chosen is None:
             text = f"even the mildest pruning costs more clean accuracy than the accepted {self.budget:.1%}"
@@ -119,7 +120,7 @@ class Pruning(Defense):
                 f"recovered triggers send {shares[-1]:.0%} of the images where they lead; at most {DISARMED:.0%} may go"
             )
             checks.append(Check(name="disarms recovered triggers", passed=shares[-1] <= DISARMED, detail=text))
-        curve = [curve_point(whole, cut(whole), before, row) for cut, row in zip(cuts, right, strict=True)]
+        curve = [curve_point(whole, mask, before, row) for mask, row in zip(masks, right, strict=True)]
         measured = [point.model_copy(update={"surrogate": share}) for point, share in zip(curve, shares, strict=False)]
         return Outcome(
             kept.bake(model),
@@ -203,13 +204,11 @@ class Pruning(Defense):
                 break
         return shares
 
-    def _affordable(
-        self, model: nn.Module, clean: CleanSet, scores: Mask, cuts: list[Cut], chosen: int | None
-    ) -> int | None:
+    def _affordable(self, model: nn.Module, clean: CleanSet, masks: Sequence[Mask], chosen: int | None) -> int | None:
         """Prune less than chosen where all images' scores cost more of their accuracy than the budget."""
         right = correct(model, clean)
         while chosen is not None:
-            lost = losses(right, correct(cuts[chosen](scores).bake(model), clean))
+            lost = losses(right, correct(masks[chosen].bake(model), clean))
             if within(float(lost.mean()), self.budget):
                 return chosen
             chosen = chosen - 1 if chosen else None
