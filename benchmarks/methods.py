@@ -39,17 +39,30 @@ METHODS = discover("untrojan.defenses", Defense)
 
 
 class Setting(NamedTuple):
-    """Which clean images a method gets, and which share of them the attacker has poisoned as well."""
+    """Which clean images the methods get, which share of them the attacker has poisoned as well, and their options."""
 
     draw: dict[str, int]
+    methods: dict[str, dict[str, Any]] = dict.fromkeys(METHODS, {})
     poisoned: float = 0.0
+    reference: bool = False  # whether the authors' own code ran with as many images
 
 
 SETTINGS = {
-    "500 images": Setting({"samples": 500}),
+    "500 images": Setting({"samples": 500}, reference=True),
+    "reference settings": Setting(
+        {"samples": 500},
+        {
+            "awm": {"variant": "released", "outer_rounds": 5, "hold_out": 0},
+            "clp": {"variant": "released", "select": "threshold", "threshold": 3},
+            "fine-tuning": {"augment": "crop-flip", "hold_out": 0},
+            "fmp": {"variant": "released", "eps": 8 / 255, "epochs": 20, "augment": "crop-flip", "hold_out": 0},
+            "i-bau": {"variant": "released", "rounds": 3, "hold_out": 0},
+        },
+        reference=True,
+    ),
     "one-shot": Setting({"samples_per_class": 1}),
-    "1 percent poisoned": Setting({"samples": 500}, 0.01),
-    "5 percent poisoned": Setting({"samples": 500}, 0.05),
+    "1 percent poisoned": Setting({"samples": 500}, {"auto": {}}, poisoned=0.01),
+    "5 percent poisoned": Setting({"samples": 500}, {"auto": {}}, poisoned=0.05),
 }
 
 
@@ -86,7 +99,7 @@ def run(cell: Cell) -> None:
     else:
         diagnosis = diagnose(cell)
     one_shot = getattr(METHODS[cell.method], "one_shot", None) if cell.setting == "one-shot" else None
-    method = one_shot() if one_shot else make(METHODS[cell.method], {})
+    method = one_shot() if one_shot else make(METHODS[cell.method], setting.methods[cell.method])
     forget_peak_memory()
     start = time.perf_counter()
     repair = method.repair(model, clean, diagnosis, cell.seed, source)
@@ -150,7 +163,8 @@ def table(setting: str) -> Iterator[str]:
                 [[cell["after"] for cell in group] for group in groups],
                 [cell for group in groups for cell in group],
             )
-    for method in sorted({name for case in CASES.values() for name in case.reference} if "500" in setting else []):
+    names = {name for case in CASES.values() for name in case.reference} if SETTINGS[setting].reference else set()
+    for method in sorted(name for name in names if name.partition(" ")[0] in SETTINGS[setting].methods):
         yield reference(method)
 
 
@@ -317,7 +331,7 @@ def main() -> None:
         for seed in asked.seeds
         for setting in asked.settings
         for method in asked.methods
-        if method == "auto" or not SETTINGS[setting].poisoned
+        if method in SETTINGS[setting].methods
         for case in asked.cases
     ]
     wanted = ALONE if asked.alone else cells
