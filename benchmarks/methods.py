@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,14 @@ class Setting(NamedTuple):
     """Which clean images the methods get, which share of them the attacker has poisoned as well, and their options."""
 
     draw: dict[str, int]
-    methods: dict[str, dict[str, Any]] = dict.fromkeys(METHODS, {})
+    methods: Mapping[str, dict[str, Any]]
     poisoned: float = 0.0
     reference: bool = False  # whether the authors' own code ran with as many images
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
 SETTINGS = {
-    "500 images": Setting({"samples": 500}, reference=True),
+    "500 images": Setting({"samples": 500}, DEFAULTS, reference=True),
     "reference settings": Setting(
         {"samples": 500},
         {
@@ -60,7 +61,7 @@ SETTINGS = {
         },
         reference=True,
     ),
-    "one-shot": Setting({"samples_per_class": 1}),
+    "one-shot": Setting({"samples_per_class": 1}, DEFAULTS),
     "1 percent poisoned": Setting({"samples": 500}, {"auto": {}}, poisoned=0.01),
     "5 percent poisoned": Setting({"samples": 500}, {"auto": {}}, poisoned=0.05),
 }

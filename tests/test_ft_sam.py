@@ -32,24 +32,28 @@ def alike(one, other, atol=0.0):
     assert [name for name, value in one.items() if not torch.allclose(value, other[name], rtol=0, atol=atol)] == []
 
 
+@pytest.mark.parametrize("variant", ["fixed", "released"])
 @pytest.mark.parametrize("name", ["batchnorm", "shared", "tied", "vit", "no-affine", "depthwise"])
-def test_written_out(name):
+def test_written_out(name, variant):
     """Go uphill on a copy, take the gradient there, and descend with it from where the weights were."""
     clean = make_clean(20)
-    method = FTSAM(rho=0.5, label_smoothing=0.2, lr=0.05, epochs=3, weight_decay=0.01, batch_size=8)
+    method = FTSAM(variant=variant, rho=0.5, label_smoothing=0.2, lr=0.05, epochs=3, weight_decay=0.01, batch_size=8)
     slow = build(name).train()
     speeds = [torch.zeros_like(weight) for weight in slow.parameters()]
     generator = torch.Generator().manual_seed(7)
 
     def slopes(net, images, labels):
         net.zero_grad()
-        surely = functional.one_hot(labels, 4) * 0.8 + 0.2 / 4
+        true = functional.one_hot(labels, 4)
+        surely = true * 0.8 + (0.2 / 4 if variant == "fixed" else (1 - true) * 0.2 / 3)
         (-(surely * functional.log_softmax(net(images), 1)).sum(1).mean()).backward()
         return [weight.grad.clone() for weight in net.parameters()]
 
+    updates = 0
     for epoch in range(3):
-        rate = 0.05 * (1 + math.cos(math.pi * epoch / 3)) / 2
         for images, labels in method.batches(clean, generator):
+            rate = 0.05 * (1 + math.cos(math.pi * (epoch if variant == "fixed" else updates) / 3)) / 2
+            updates += 1
             uphill = copy.deepcopy(slow)
             first = slopes(slow, images, labels)
             with torch.no_grad():

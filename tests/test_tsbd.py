@@ -9,7 +9,7 @@ from tiny import NETS, UNLIKE, backdoored, build, make_clean, train
 from torch import nn
 from torch.nn import functional
 
-from untrojan.defenses.tsbd import TSBD, _most_changed
+from untrojan.defenses.tsbd import TSBD, _most_changed, _pooled
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import correct
@@ -84,7 +84,7 @@ def test_most_changed_by_hand(name, m):
         changes = (unlearned.get_submodule(layer).weight - net.get_submodule(layer).weight).detach().abs().flatten(1)
         filters |= {(f"{layer}.weight", row): change.tolist() for row, change in enumerate(changes)}
     order = sorted(filters, key=lambda each: -sum(filters[each]))
-    scores = _most_changed(net, unlearned, m)
+    scores = _most_changed(tsbd()._changes(net, unlearned), m)
     for place, (key, row) in enumerate(order):
         change = filters[key, row]
         most = sorted(range(len(change)), key=lambda at: -change[at])[: round(m * len(change))]
@@ -93,11 +93,49 @@ def test_most_changed_by_hand(name, m):
     assert scores.values.keys() == {key for key, _ in filters}
 
 
+@pytest.mark.parametrize("name", [name for name in NETS if any(w.ndim > 2 for w in build(name).parameters())])
+@pytest.mark.parametrize("count", [1, 5])
+def test_released_pools_the_weights_of_convolutions(name, count):
+    net = build(name)
+    torch.manual_seed(4)
+    unlearned = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in unlearned.parameters():
+            weight += torch.randn_like(weight)
+    changes = tsbd(variant="released")._changes(net, unlearned)
+    convolutions = [f"{layer}.weight" for layer in products(net)[:-1] if net.get_submodule(layer).weight.ndim > 2]
+    assert list(changes.values) == convolutions
+    filters = {}
+    for key in convolutions:
+        change = (unlearned.get_parameter(key) - net.get_parameter(key)).detach().abs().flatten(1)
+        filters |= {(key, row): each.tolist() for row, each in enumerate(change)}
+    chosen = sorted(filters, key=lambda each: -sum(filters[each]))[:count]
+    pool = sorted((value for each in chosen for value in filters[each]), reverse=True)
+    least = pool[round(0.7 * len(pool)) - 1]
+    mask = _pooled(changes, 0.7, count)
+    for (key, row), change in filters.items():
+        zeroed = [(key, row) in chosen and value >= least for value in change]
+        assert (mask.values[key][row].flatten() == 0).tolist() == zeroed
+
+
+def test_released_fine_tunes_an_epoch_more(clean):
+    fields = {"unlearn_lr": 1e-9, "m": 1e-9}
+    one = tuned(tsbd(variant="released", epochs=1, **fields), build("batchnorm"), clean)
+    alike(one.state_dict(), tuned(tsbd(epochs=2, **fields), build("batchnorm"), clean).state_dict())
+
+
+def test_released_ranks_convolutions_alone(clean):
+    with pytest.raises(ModelError, match="the released code ranks convolutions, and the network has none"):
+        tsbd(variant="released").repair(
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)), clean, GIVEN
+        )
+
+
 def test_as_many_filters_as_accuracy_allows():
     net, clean = backdoored(7)
     clean, held = clean.split(0.4, 0)
     fields = {"unlearn_epochs": 100, "unlearn_lr": 0.003}
-    scores = _most_changed(net, tsbd(**fields)._unlearn(net, clean, 0), 0.7)
+    scores = _most_changed(tsbd()._changes(net, tsbd(**fields)._unlearn(net, clean, 0)), 0.7)
     total = sum(len(value) for value in scores.values.values())
     before, pruned = correct(net, held), []
     for drop in (0.1, 0.3, 0.6):

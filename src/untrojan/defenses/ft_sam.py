@@ -1,7 +1,7 @@
 """FT-SAM: fine-tuning at weights that are perturbed for the worse."""
 
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -27,6 +27,7 @@ class FTSAM(Tuning):
     with the gradient found there. Large weights are perturbed most, so it is they that have to change.
 
     Attributes:
+        variant: `fixed` or `released`; see Deviations.
         rho: Size of the perturbation, above 0: with gradient g at weights w it is rho w² g / |w g|, element by element,
             where the norm goes over all weights together. Published are 2 for CIFAR-10 and 8 for GTSRB and Tiny
             ImageNet.
@@ -66,10 +67,13 @@ class FTSAM(Tuning):
         * BackdoorBench crops and flips in batches of 256 on 5 % of the training set. Here images are taken as they are
           (`augment`), and batches are smaller where there are few images.
         * A part of the images is held out to judge the result.
+
+        With `variant="released"` the learning rate swings, and the smoothed share is spread, as in BackdoorBench.
     """
 
     name: ClassVar[str] = "ft-sam"
 
+    variant: Literal["fixed", "released"] = "fixed"
     rho: float = Field(default=2.0, gt=0)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     lr: float = Field(default=0.01, gt=0)
@@ -79,7 +83,14 @@ class FTSAM(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Train a copy in training mode; running statistics follow the unperturbed weights alone."""
         weights = list(filter(learnable, model.train().parameters()))
-        loss_of = partial(functional.cross_entropy, label_smoothing=self.label_smoothing)
+        released = self.variant == "released"
+
+        def loss_of(out: Tensor, labels: Tensor) -> Tensor:
+            if not released:
+                return functional.cross_entropy(out, labels, label_smoothing=self.label_smoothing)
+            true = functional.cross_entropy(out, labels)
+            others = (-out.log_softmax(1).sum(1).mean() - true) / (out.shape[1] - 1)
+            return (1 - self.label_smoothing) * true + self.label_smoothing * others
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             out = model(images)
@@ -96,5 +107,6 @@ class FTSAM(Tuning):
             epochs=self.epochs,
             weight_decay=self.weight_decay,
             step=step,
+            schedule_steps=released,
         )
         return model

@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -13,6 +13,7 @@ from torch.nn import functional
 from untrojan.data import CleanSet
 from untrojan.defenses.tuning import Tuning, boldest, gradients, moved, sgd_cosine, tangent
 from untrojan.device import new_generator
+from untrojan.errors import ModelError
 from untrojan.fit import fit, learnable, supervised
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
@@ -36,6 +37,7 @@ class TSBD(Tuning):
     gradient.
 
     Attributes:
+        variant: `fixed` or `released`; see Deviations.
         unlearn_lr: Learning rate of SGD with momentum 0.9 that ascends the cross-entropy, above 0.
         unlearn_epochs: Passes over the images to unlearn, at most.
         floor: Unlearning ends when the accuracy, measured on the batches in training mode before each update, is at
@@ -86,10 +88,13 @@ class TSBD(Tuning):
         * The released code fine-tunes for one epoch more than it is told, and crops and flips in batches of 256 on 5 %
           of the training set. Here images are taken as they are (`augment`), and batches are smaller where there are
           few images. A part of them is held out to choose n and to judge the result.
+
+        With `variant="released"` weights are pooled, linear layers are left out, and fine-tuning takes one epoch more.
     """
 
     name: ClassVar[str] = "tsbd"
 
+    variant: Literal["fixed", "released"] = "fixed"
     unlearn_lr: float = Field(default=1e-4, gt=0)
     unlearn_epochs: int = Field(default=1000, ge=1)
     floor: float = Field(default=0.1, gt=0, lt=1)
@@ -102,11 +107,14 @@ class TSBD(Tuning):
 
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Zero what unlearning `clean` changes most, as far as `held` allows, and train what is left."""
-        unlearned = self._unlearn(model, clean, seed)
-        scores = _most_changed(model, unlearned, self.m)
+        scores = self._changes(model, self._unlearn(model, clean, seed))
         filters = sum(len(value) for value in scores.values.values())
-        counts = {int(share * filters) for share in _SHARES} - {0} or {1}
-        cuts = [partial(Mask.threshold, threshold=count - 1) for count in sorted(counts)]
+        counts = sorted({int(share * filters) for share in _SHARES} - {0} or {1})
+        if self.variant == "released":
+            cuts = [partial(_pooled, m=self.m, count=count) for count in counts]
+        else:
+            scores = _most_changed(scores, self.m)
+            cuts = [partial(Mask.threshold, threshold=count - 1) for count in counts]
         zeroed = boldest(model, scores, cuts, held, self.prune_budget).bake(model)
         self._fine_tune(zeroed.train(), clean, seed)
         return zeroed
@@ -129,6 +137,16 @@ class TSBD(Tuning):
             warn_of_missed_floor(done.epochs, floor)
         return unlearned
 
+    def _changes(self, model: nn.Module, unlearned: nn.Module) -> Mask:
+        """How much unlearning changed every weight that is ranked."""
+        names = Mask.ones(model, "weight").values
+        if self.variant == "released":
+            names = [name for name in names if model.get_parameter(name).ndim > 2]
+            if not names:
+                raise ModelError("nothing to rank: the released code ranks convolutions, and the network has none")
+        changes = {name: unlearned.get_parameter(name) - model.get_parameter(name) for name in names}
+        return Mask(changes, "weight").map(lambda change: change.detach().abs())
+
     def _fine_tune(self, model: nn.Module, clean: CleanSet, seed: int) -> None:
         weights = list(filter(learnable, model.parameters()))
 
@@ -140,28 +158,40 @@ class TSBD(Tuning):
             there = functional.cross_entropy(moved(model, images, uphill), labels)
             return (1 - self.alpha) * tangent(here, weights, slopes) + self.alpha * there, out
 
+        epochs = self.epochs + (self.variant == "released")
         batches = partial(self.batches, clean, new_generator(seed))
-        sgd_cosine(model, batches, lr=self.lr, last_lr=self.lr, epochs=self.epochs, step=step)
+        sgd_cosine(model, batches, lr=self.lr, last_lr=self.lr, epochs=epochs, step=step)
 
 
-def _most_changed(model: nn.Module, unlearned: nn.Module, m: float) -> Mask:
+def _most_changed(changes: Mask, m: float) -> Mask:
     """Give the weights to zero the place of their filter, 0 for the one that changed most, and infinity to the others.
 
     Args:
-        model: The original.
-        unlearned: The same network, unlearned.
+        changes: How much every weight changed.
         m: Share of the weights of a filter that are to be zeroed.
     """
-    ones = Mask.ones(model, "weight")
-    changes = [
-        (unlearned.get_parameter(name) - model.get_parameter(name)).detach().abs().flatten(1) for name in ones.values
-    ]
-    places = _places(torch.cat([change.sum(1) for change in changes])).split([len(change) for change in changes])
     scores = {}
-    for name, change, place in zip(ones.values, changes, places, strict=True):
-        chosen = (_places(change) < round(m * change.shape[1])) & (change > 0)
-        scores[name] = torch.where(chosen, place[:, None].float(), torch.inf).view_as(ones.values[name])
+    for (name, change), place in zip(changes.values.items(), _filter_places(changes), strict=True):
+        rows = change.flatten(1)
+        chosen = (_places(rows) < round(m * rows.shape[1])) & (rows > 0)
+        scores[name] = torch.where(chosen, place[:, None].float(), torch.inf).view_as(change)
     return Mask(scores, "weight")
+
+
+def _pooled(changes: Mask, m: float, count: int) -> Mask:
+    """Zero the weights that changed most, a share `m` of all those of the `count` filters that changed most."""
+    chosen = [place < count for place in _filter_places(changes)]
+    scores, pool = {}, 0
+    for (name, change), rows in zip(changes.values.items(), chosen, strict=True):
+        scores[name] = torch.where(rows.view(-1, *[1] * (change.ndim - 1)), -change, torch.inf)
+        pool += change[rows].numel()
+    return Mask(scores, "weight").count(round(m * pool))
+
+
+def _filter_places(changes: Mask) -> tuple[Tensor, ...]:
+    """The place of every filter among those of all layers, 0 for the one that changed most."""
+    sums = [change.flatten(1).sum(1) for change in changes.values.values()]
+    return _places(torch.cat(sums)).split([len(each) for each in sums])
 
 
 def _places(values: Tensor) -> Tensor:

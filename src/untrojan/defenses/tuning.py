@@ -83,6 +83,7 @@ def sgd_cosine(
     step: Step | None = None,
     parameters: Sequence[Tensor] | None = None,
     project: Callable[[], object] | None = None,
+    schedule_steps: bool = False,
     name: str = "fine-tune",
 ) -> Fit:
     """Train by SGD with momentum 0.9 and a cosine schedule, in the mode that the model is in.
@@ -97,6 +98,7 @@ def sgd_cosine(
         step: From images and labels to loss and logits; the cross-entropy of the model where it is not given.
         parameters: What is trained; all of the model where it is not given.
         project: Called after each update.
+        schedule_steps: Step the schedule after each update instead of each epoch, so that the learning rate swings.
         name: What the work is called in progress and timings.
     """
     return fit(
@@ -107,6 +109,7 @@ def sgd_cosine(
         epochs,
         name=name,
         schedule=partial(CosineAnnealingLR, T_max=max(epochs, 1), eta_min=last_lr),
+        schedule_steps=schedule_steps,
         buffers=list(model.buffers()),
         project=project,
     )
