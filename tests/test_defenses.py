@@ -18,6 +18,7 @@ import untrojan
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.defenses.rnp import RNP
 from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning, UnreliableWarning
+from untrojan.mask import products
 from untrojan.model import correct, logits
 from untrojan.record import Record
 from untrojan.registry import describe, make
@@ -118,6 +119,37 @@ def test_in_which_mode_a_method_learns(name, clean):
     make(DEFENSES[name], QUICK[name]).repair(net, clean, GIVEN)
     assert seen[-1] == LEARNS_LAST_IN_TRAINING_MODE[name]
     assert name != "awm" or not any(seen)
+
+
+CHOICES = {
+    "auto": ["labels whose triggers may be spread over the image"],
+    "fine-pruning": ["features pruned"],
+    "fmp": ["maps pruned"],
+    "i-bau": ["round delivered"],
+    "nad": ["weight of the attention of each layer"],
+    "neural-cleanse": ["label", "l1 norm of its mask"],
+    "npd": ["layer behind the polarizer"],
+    "tsbd": ["filters pruned"],
+    "ulrl": ["rows reset"],
+}
+
+
+@named
+def test_the_record_holds_what_a_method_chose(name):
+    record, model = done(name).record, done(name).model
+    assert list(record.choices) == CHOICES.get(name, [])
+    if name == "fmp":
+        for layer, maps in record.choices["maps pruned"].items():
+            silent = (model.get_submodule(layer).weight == 0).flatten(1).all(1)
+            assert silent.nonzero().flatten().tolist() == sorted(maps)
+    if name == "fine-pruning":
+        silent = (model.get_parameter(f"{products(model)[-1]}.weight") == 0).all(0)
+        assert int(silent.sum()) == record.choices["features pruned"] > 0
+
+
+def test_nothing_is_chosen_where_nothing_is_done(clean):
+    clear = GIVEN.model_copy(update={"verdict": "not_found", "targets": []})
+    assert make(DEFENSES["fmp"], QUICK["fmp"]).repair(build("batchnorm"), clean, clear).record.choices == {}
 
 
 def test_every_method_that_learns_is_asked_for_its_mode():

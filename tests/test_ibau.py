@@ -16,6 +16,7 @@ from untrojan.defenses.ibau import IBAU, _Perturbation
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
+from untrojan.run import choosing
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -187,7 +188,9 @@ def test_which_round_is_delivered(monkeypatch, accuracies, chosen):
 
     monkeypatch.setattr(IBAU, "_unlearn", unlearn)
     monkeypatch.setattr(ibau, "correct", correct)
-    assert IBAU(rounds=3).tune(build("plain"), make_clean(), make_clean(), GIVEN, 0).mark == chosen
+    with choosing() as choices:
+        assert IBAU(rounds=3).tune(build("plain"), make_clean(), make_clean(), GIVEN, 0).mark == chosen
+    assert choices == {"round delivered": chosen}
 
 
 def test_released_delivers_the_last_round_without_judging(monkeypatch):

@@ -531,6 +531,13 @@ def test_images_that_the_method_was_fitted_on_are_not_called_held_out(pages):
     assert "hold-out accuracy" in held.data["plots"]
 
 
+def test_what_a_method_chose_is_told_in_words(pages):
+    choices = {"maps pruned": {"0": [2, 5], "3": []}, "l1 norm of its mask": 37.32714, "layer": "conv", "rows": []}
+    text = Page(render(make(choices=choices))).text()
+    assert "Chosen by the method maps pruned 0: 2, 5; 3: none l1 norm of its mask 37.33 layer conv rows none" in text
+    assert "Chosen by the method" not in Page(pages["repaired"]).text()
+
+
 def test_a_method_that_did_not_run_changed_nothing(pages):
     text = Page(pages["nothing_to_repair"]).text()
     assert "Nothing: the method did not run, and the model is as it came." in text

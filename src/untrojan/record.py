@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from untrojan.errors import RecordError, plain
 from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
@@ -392,6 +392,7 @@ class Record(RunRecord):
     `status` is `repaired` when a backdoor was found and a model that passes every check came out, `inconclusive` when
     such a model came out but the scan was not sure, `nothing_to_repair` when no backdoor was found and the model is
     unchanged, and `failed` when the method could not deliver; `reason` says why in a sentence.
+    `choices` holds what the method chose by itself, such as how many filters, by name.
     `units_changed` counts pruned units, of `units_total` that the method scored; `values_changed` counts the elements
     of the state dict that differ.
     """
@@ -399,6 +400,7 @@ class Record(RunRecord):
     kind: Literal["repair"] = "repair"  # pyright: ignore[reportIncompatibleVariableOverride]
     status: Status
     reason: str
+    choices: dict[str, JsonValue] = Field(default_factory=dict)
     selection: Selection | None
     before: Accuracy
     after: Accuracy

@@ -1,4 +1,4 @@
-"""What every run tells its record: model and images, the warnings it gave, the machine, and the memory it took."""
+"""What every run tells its record: model, images, choices of the method, warnings, the machine, and its memory."""
 
 import contextlib
 import platform
@@ -7,15 +7,48 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import UntrojanWarning, utf8
 from untrojan.record import CleanInfo, ModelInfo
 from untrojan.sources.files import Checkpoint, state_sha256
+
+_choices: ContextVar[dict[str, JsonValue] | None] = ContextVar("choices", default=None)
+
+
+@contextlib.contextmanager
+def choosing() -> Iterator[dict[str, JsonValue]]:
+    """Collect for the record what a method chooses by itself inside the block."""
+    choices: dict[str, JsonValue] = {}
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def chose(name: str, value: JsonValue) -> None:
+    """Tell the record what a method chose by itself; where nothing is recorded this does nothing.
+
+    Args:
+        name: What was to be chosen, in a few words.
+        value: What was chosen, as JSON has it.
+
+    Example:
+        >>> with choosing() as choices:
+        ...     chose("rows reset", [7])
+        >>> choices
+        {'rows reset': [7]}
+    """
+    choices = _choices.get()
+    if choices is not None:
+        choices[name] = value
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.progress import overall, stage
 from untrojan.record import Comparison, Diagnosis
+from untrojan.run import chose
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
@@ -149,6 +150,9 @@ class Auto(Tuning):
             if aim.label is not None:
                 reached = [each for each in diagnosis.comparisons if each.label == aim.label]
                 triggers[-1].weigh(reached or against_others(model, clean, aim.label, norm, generator), local)
+        chose(
+            "labels whose triggers may be spread over the image", [each.aim.label for each in triggers if each.spread]
+        )
         with overall(self.name, total=self.rounds) as advance:
             for number in range(1, self.rounds + 1):
                 detail = f"round {number}/{self.rounds}"

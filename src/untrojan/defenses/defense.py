@@ -30,7 +30,7 @@ from untrojan.progress import overall, timing
 from untrojan.randomness import seeded
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
 from untrojan.registry import describe
-from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
+from untrojan.run import choosing, clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256, unprefixed
@@ -162,7 +162,7 @@ class Defense(ABC):
         """
         device = device_of(model)
         clean = clean.to(device)
-        with collected() as caught, timing() as seconds, running_on(device), seeded(seed):
+        with collected() as caught, choosing() as choices, timing() as seconds, running_on(device), seeded(seed):
             if len(clean) or not self.data_free:
                 require(copied(model), clean)
             if diagnosis is None:
@@ -195,6 +195,7 @@ class Defense(ABC):
             model=model_info(model, parent, classes, source),
             clean=clean_info(clean, classes),
             diagnosis=diagnosis,
+            choices=choices,
             selection=outcome.selection,
             before=_accuracy(outcome.before, outcome.held_out),
             after=_accuracy(outcome.after, outcome.held_out),

@@ -83,8 +83,8 @@ class FinePruning(Tuning):
         step = math.ceil(_STEP * len(activations))
         ranks = _by_reader(model, head, activations.argsort(stable=True).argsort())
         counts = range(step, max(len(activations), step + 1), step)
-        cuts = [partial(Mask.threshold, threshold=count - 1) for count in counts]
-        kept = boldest(model, ranks, cuts, held, self.prune_budget)
+        cuts = {count: partial(Mask.threshold, threshold=count - 1) for count in counts}
+        kept = boldest(model, ranks, cuts, held, self.prune_budget, "features")
         pruned = kept.bake(model)
         weight, keep = pruned.get_parameter(f"{head}.weight"), kept.values[f"{head}.weight"]
         sgd_cosine(

@@ -21,6 +21,7 @@ from untrojan.mask import norm_after, products
 from untrojan.model import evaluating, tapped
 from untrojan.progress import stage
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 
 BATCH = 32
 SCORED_AT_ONCE = 128
@@ -174,10 +175,14 @@ class FMP(Tuning):
             warnings.warn(UnreliableWarning(text), stacklevel=3)
         released = self.variant == "released"
         after = norm_after(model, clean.take([0, -1]).floats()) if rankings else {}
+        pruned = {
+            name: ranking.lowest(len(ranking.right) // self.p, by_margin=not released)
+            for name, ranking in rankings.items()
+        }
+        chose("maps pruned", {name: lowest.tolist() for name, lowest in pruned.items()})
         silenced: list[tuple[nn.Parameter, Tensor]] = []
-        for name, ranking in rankings.items():
-            width = len(ranking.right)
-            lowest = ranking.lowest(width // self.p, by_margin=not released)
+        for name, lowest in pruned.items():
+            width = len(rankings[name].right)
             for layer in (name, after[name]) if name in after else (name,):
                 for part in ("weight",) if released else ("weight", "bias"):
                     parameter = getattr(model.get_submodule(layer), part, None)

@@ -23,6 +23,7 @@ from untrojan.fit import fit, learnable
 from untrojan.model import correct
 from untrojan.progress import overall
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -103,22 +104,26 @@ class IBAU(Tuning):
         generator = new_generator(seed)
         adam = torch.optim.Adam(model.eval().parameters(), lr=self.lr)
         before = float(correct(model, held).double().mean()) if self.variant == "fixed" else 0.0
-        kept: nn.Module | None = None
+        kept: tuple[int, nn.Module] | None = None
+        done = 0
         with overall(self.name, total=self.rounds) as advance:
             for number in range(1, self.rounds + 1):
                 detail = f"{number}/{self.rounds}"
                 found = self._perturbation(model, clean, generator, detail)
                 if not self._unlearn(model, clean, found, adam, generator, detail):
                     break
+                done = number
                 if self.variant == "fixed":
                     try:
                         after = float(correct(model, held).double().mean())
                     except ModelError:
                         break
                     if within(before - after, self.budget):
-                        kept = copy.deepcopy(model)
+                        kept = number, copy.deepcopy(model)
                 advance()
-        return kept or model
+        delivered, model = kept or (done, model)
+        chose("round delivered", delivered)
+        return model
 
     def _perturbation(
         self, model: nn.Module, clean: CleanSet, generator: torch.Generator, detail: str

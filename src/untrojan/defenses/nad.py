@@ -20,6 +20,7 @@ from untrojan.fit import Step, fit, supervised
 from untrojan.mask import products
 from untrojan.model import tapped
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -96,6 +97,7 @@ class NAD(Tuning):
 
     def _distill(self, teacher: nn.Module, student: nn.Module, clean: CleanSet, seed: int) -> None:
         betas = self._stages(teacher, clean)
+        chose("weight of the attention of each layer", {**betas})
         numbered = CleanSet(clean.images, torch.arange(len(clean)))
         known = self._maps_of_all(teacher, clean, betas) if self.augment == "none" else None
 

@@ -15,6 +15,7 @@ from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, cleanse, diagnose
 
 
@@ -86,6 +87,8 @@ class NeuralCleanse(Tuning):
     def tune(self, model: nn.Module, clean: CleanSet, held: CleanSet, diagnosis: Diagnosis, seed: int) -> nn.Module:
         """Recover the trigger and unlearn it."""
         trigger = self.recover(model, clean, diagnosis, seed)
+        chose("label", trigger.label)
+        chose("l1 norm of its mask", trigger.norm)
         if not trigger.reached:
             text = (
                 f"in no epoch a patch of label {trigger.label} reached {ENOUGH:.0%} of the images; the last one, which "

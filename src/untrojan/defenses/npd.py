@@ -18,6 +18,7 @@ from untrojan.fit import supervised
 from untrojan.mask import products, weight_of
 from untrojan.model import call_with, watched
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 
 _ENOUGH = 0.6
 _LARGEST_LOSS = 80.0
@@ -105,6 +106,7 @@ class NPD(Tuning):
         """Learn the polarizer in front of the frozen network, then fold it in."""
         model.eval().requires_grad_(False)
         layer = self._layer(model, clean)
+        chose("layer behind the polarizer", layer)
         weight = model.get_submodule(layer).get_parameter("weight")
         fine = torch.promote_types(weight.dtype, torch.float32)
         polarizer = torch.eye(weight.shape[1], dtype=fine, device=weight.device)

@@ -111,11 +111,11 @@ class TSBD(Tuning):
         filters = sum(len(value) for value in scores.values.values())
         counts = sorted({int(share * filters) for share in _SHARES} - {0} or {1})
         if self.variant == "released":
-            cuts = [partial(_pooled, m=self.m, count=count) for count in counts]
+            cuts = {count: partial(_pooled, m=self.m, count=count) for count in counts}
         else:
             scores = _most_changed(scores, self.m)
-            cuts = [partial(Mask.threshold, threshold=count - 1) for count in counts]
-        zeroed = boldest(model, scores, cuts, held, self.prune_budget).bake(model)
+            cuts = {count: partial(Mask.threshold, threshold=count - 1) for count in counts}
+        zeroed = boldest(model, scores, cuts, held, self.prune_budget, "filters").bake(model)
         self._fine_tune(zeroed.train(), clean, seed)
         return zeroed
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps, supe
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -142,25 +143,28 @@ def moved(model: nn.Module, images: Tensor, moves: Sequence[Tensor]) -> Tensor:
     return call_with(model, images, elsewhere | {name: value.clone() for name, value in model.named_buffers()})
 
 
-def boldest(model: nn.Module, scores: Mask, cuts: Sequence[Cut], held: CleanSet, drop: float) -> Mask:
+def boldest(model: nn.Module, scores: Mask, cuts: Mapping[int, Cut], held: CleanSet, drop: float, units: str) -> Mask:
     """Prune as much as held-out images allow before fine-tuning.
 
     Args:
         model: The network to prune; it is not changed.
         scores: What the cuts go by.
-        cuts: Ways to prune, mildest first.
+        cuts: Ways to prune by how many units they prune, mildest first.
         held: Images to judge by, compared with the original image by image.
         drop: Accepted loss of accuracy, as a fraction.
+        units: What is pruned, for the record.
 
     Returns:
         Zeros where a weight is pruned and ones elsewhere: the last cut before accuracy first falls by more than `drop`.
     """
-    chosen = budget(sweep(model, [HeldOut(scores, held)], cuts), correct(model, held), drop)
+    chosen = budget(sweep(model, [HeldOut(scores, held)], [*cuts.values()]), correct(model, held), drop)
+    count = 0 if chosen is None else [*cuts][chosen]
+    chose(f"{units} pruned", count)
     if chosen is None:
         text = f"nothing is pruned: even the mildest pruning costs more clean accuracy than the accepted {drop:.1%}"
         warnings.warn(UnreliableWarning(text), stacklevel=2)
         return scores.map(torch.ones_like)
-    return cuts[chosen](scores)
+    return cuts[count](scores)
 
 
 def _warn_of_coarse(model: nn.Module) -> None:

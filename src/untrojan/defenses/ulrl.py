@@ -17,6 +17,7 @@ from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
+from untrojan.run import chose
 from untrojan.scanners.neural_cleanse import anomaly_index
 from untrojan.scanners.unlearning import Unlearning, warn_of_missed_floor
 
@@ -93,6 +94,7 @@ class ULRL(Unlearning, Tuning):
         """Unlearn a copy, reset the suspicious rows, relearn."""
         head = _head(model, clean)
         rows = self.suspicious(model, clean, seed)
+        chose("rows reset", [*rows])
         if not rows:
             text = f"no row of the last layer moved more than {self.z:g} deviations; nothing is reset, only fine-tuned"
             warnings.warn(UnreliableWarning(text), stacklevel=2)

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from untrojan.errors import visible
 from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord, Trigger
 
@@ -245,12 +247,22 @@ def _chosen(record: RunRecord) -> CurvePoint | None:
 
 def _settings(record: RunRecord) -> dict[str, dict[str, object]]:
     """The settings tables by title; a value of `None` is a dash on the page."""
+    choices = record.choices if isinstance(record, Record) else {}
     return {
         "Method": {"method": record.method.name, **record.method.fields, "seed": record.seed},
+        **({"Chosen by the method": {name: _in_words(choice) for name, choice in choices.items()}} if choices else {}),
         "Model": {**model_rows(record.model), **_written(record)},
         "Clean images": {**image_rows(record.clean), "images per class": _spread(record.clean.per_class)},
         **run_tables(record),
     }
+
+
+def _in_words(choice: JsonValue) -> object:
+    if isinstance(choice, dict):
+        return "; ".join(f"{name}: {_in_words(each)}" for name, each in choice.items()) or "none"
+    if isinstance(choice, list):
+        return ", ".join(str(_in_words(each)) for each in choice) or "none"
+    return f"{choice:.4g}" if isinstance(choice, float) else choice
 
 
 def model_rows(model: ModelInfo) -> dict[str, object]:
