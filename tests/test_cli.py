@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tiny import digits
+from tiny import DEFENSES, digits
+from tiny import QUICK as FEW_STEPS
 
 import untrojan.cli.options
 import untrojan.cli.repair
@@ -562,6 +563,19 @@ def test_record_tells_all_about_the_run(repaired, site):
     assert record["peak_memory_bytes"] > 1e6
     assert {"untrojan", "torch", "python"} <= record["environment"].keys()
     assert shlex.split(record["command"]) == ["untrojan", *arguments]
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_method_runs_with_its_options(name, command, talk, site, tmp_path):
+    options = [f"--{field.replace('_', '-')}={value}" for field, value in FEW_STEPS[name].items()]
+    code, _, told = talk(command(f"--method={name}", *options, "--samples-per-class", 4))
+    record = Record.load(tmp_path / "out" / RECORD)
+    assert code == (0 if record.status in ("repaired", "nothing_to_repair") else 2), told
+    assert record.status != "nothing_to_repair"
+    assert record.method.name == name
+    assert record.method.fields.items() >= FEW_STEPS[name].items()
+    state = Checkpoint.read(tmp_path / "out" / REPAIRED).tensors
+    assert state.keys() == Checkpoint.read(site / "model.safetensors").tensors.keys()
 
 
 def test_repaired_weights_load_into_the_plain_network(repaired, site):
