@@ -18,7 +18,7 @@ from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.pictures import png
-from untrojan.progress import whole
+from untrojan.progress import AtMost, whole
 from untrojan.record import Diagnosis, Rate, Reach, Trigger, TriggerKind
 from untrojan.scanners import unlearning
 from untrojan.scanners.aim import Aim
@@ -175,7 +175,7 @@ class _Look:
 
     def stronger(self) -> None:
         """Make perturbations stronger that send hardly any images to half of the labels."""
-        with whole("search stronger ones", total=DOUBLINGS) as advance:
+        with whole("search stronger ones", total=AtMost(DOUBLINGS)) as advance:
             for _ in range(DOUBLINGS):
                 if statistics.median(self.faint.values()) >= FAINTEST_SHARE:
                     break
@@ -201,7 +201,7 @@ class _Look:
         Where no label stands out then, what was found before stays.
         """
         before = self.norm, dict(self.faint), self.perturbations
-        with whole("search fainter ones", total=HALVINGS) as advance:
+        with whole("search fainter ones", total=AtMost(HALVINGS)) as advance:
             for _ in range(HALVINGS):
                 if not self._is_crowded():
                     break
