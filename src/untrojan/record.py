@@ -312,7 +312,7 @@ class Check(_Part):
 
 
 class Layer(_Part):
-    """The masks of one layer: its name, every mask value in unit order, and which units were changed."""
+    """The scores of one layer: its name, the score of every unit in order, and which units were changed."""
 
     name: str
     values: list[float]

@@ -31,6 +31,16 @@ _PICTURES = {
     "warp": "Here it warps a chessboard",
     "recoloring": "Here it recolors ramps from black to each channel and to white",
 }
+_SCORES = {
+    "anp": "the part of a unit that is kept when the network has to withstand changes of its weights; below 0 are units "
+    "given up entirely, the longer the further below",
+    "bnp": "by how many standard deviations the divergence of a unit from what it saw in training lies below the mean of "
+    "its layer: units far above the mean have the lowest scores",
+    "clp": "by how many standard deviations the most that a unit can amplify lies below the mean of its layer: units far "
+    "above the mean have the lowest scores",
+    "rnp": "the part of a unit that is kept when the unlearned network recovers by giving up units; below 0 are units "
+    "given up entirely, the earlier the further below",
+}
 
 
 def render(record: RunRecord) -> str:
@@ -58,7 +68,6 @@ def render(record: RunRecord) -> str:
     filters = {"label": record.label, "picture": _PICTURES.__getitem__, "where_to": partial(_where_to, record)}
     return template("page.html.jinja", **filters).render(
         record=record,
-        style=Markup(_read("page.css")),
         scripts=[Markup(script) for script in scripts],
         hashes=[csp_hash(script) for script in scripts],
         plots=plots.keys(),
@@ -70,6 +79,7 @@ def render(record: RunRecord) -> str:
         evidence=evidence(record),
         alarms=_alarms(record),
         chosen=_chosen(record),
+        score=_SCORES.get(record.method.name, "explained in the description of the method"),
         settings=_settings(record),
     )
 
@@ -77,6 +87,7 @@ def render(record: RunRecord) -> str:
 def template(name: str, **filters: Callable[..., str]) -> "Template":
     """Open a page template, with filters of its own; text from the record is escaped in it, and made visible."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -94,6 +105,7 @@ def template(name: str, **filters: Callable[..., str]) -> "Template":
         "size": _size,
         **filters,
     }
+    environment.globals["style"] = Markup(_read("page.css"))
     return environment.get_template(name)
 
 
