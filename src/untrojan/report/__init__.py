@@ -32,14 +32,14 @@ _PICTURES = {
     "recoloring": "Here it recolors ramps from black to each channel and to white",
 }
 _SCORES = {
-    "anp": "the part of a unit that is kept when the network has to withstand changes of its weights; below 0 are units "
-    "given up entirely, the longer the further below",
-    "bnp": "by how many standard deviations the divergence of a unit from what it saw in training lies below the mean of "
-    "its layer: units far above the mean have the lowest scores",
-    "clp": "by how many standard deviations the most that a unit can amplify lies below the mean of its layer: units far "
-    "above the mean have the lowest scores",
-    "rnp": "the part of a unit that is kept when the unlearned network recovers by giving up units; below 0 are units "
-    "given up entirely, the earlier the further below",
+    "anp": "the part of a unit that is kept when the network has to withstand changes of its weights; below 0 are "
+    "units given up entirely, the longer the further below",
+    "bnp": "by how many standard deviations the divergence of a unit from what it saw in training lies below the mean "
+    "of its layer: units far above the mean have the lowest scores",
+    "clp": "by how many standard deviations the most that a unit can amplify lies below the mean of its layer: units "
+    "far above the mean have the lowest scores",
+    "rnp": "the part of a unit that is kept when the unlearned network recovers by giving up units; below 0 are "
+    "units given up entirely, the earlier the further below",
 }
 
 
