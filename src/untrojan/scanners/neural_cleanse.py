@@ -192,6 +192,12 @@ class NeuralCleanseScanner(Scanner):
     Cost:
         2 F per image, epoch and class, F being one image through the network once: at most 161 F per image and class.
 
+    Example:
+        >>> clean = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> [patch.label for patch in NeuralCleanseScanner(mask_epochs=2).scan(net, clean).patches]
+        [0, 1]
+
     References:
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
         neural networks, IEEE S&P 2019.

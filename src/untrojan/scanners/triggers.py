@@ -86,11 +86,25 @@ class TriggerScanner(Unlearning, Scanner):
         network once. A search for perturbations has 20 steps per label, up to seven times, and 60 for each of the
         three, up to four times. Whole-image changes take 11,000 F for each of six labels.
 
+    Example:
+        >>> clean = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> quick = TriggerScanner(runs=2, unlearn_epochs=1, search_steps=2, refine_steps=2)
+        >>> found = quick.scan(net, clean)
+        >>> len(found.runs), all(0 <= reach.faint <= 1 for reach in found.reaches)
+        (2, True)
+
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
 
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
         neural networks, IEEE S&P 2019, whose masks the patches replace.
+
+    Deviations:
+        * This is the project's own method: the one paper has the unlearning, the other the idea to search a trigger
+          for every label and to compare the labels.
+        * Triggers are bounded in size or strength and judged by how many held-out images they send to the label, where
+          Neural Cleanse asks for nearly all of the images that it searches on and judges by the size.
     """
 
     name: ClassVar[str] = "triggers"
