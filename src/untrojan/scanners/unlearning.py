@@ -39,7 +39,7 @@ def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
 VIEWS = {"plain": None, "noise": _noise, "crop-flip": crop_flip}
 
 
-class Unlearned(NamedTuple):
+class UnlearnedModel(NamedTuple):
     """An unlearned model, in the mode of the original, and how the run went."""
 
     model: nn.Module
@@ -81,7 +81,7 @@ class Unlearning:
         view: View,
         detail: str = "",
         clip: float | None = None,
-    ) -> Unlearned:
+    ) -> UnlearnedModel:
         """Maximize the loss on clean images until the accuracy is gone.
 
         Not reaching the floor is a normal outcome and so is divergence: the last finite state is what is returned.
@@ -127,7 +127,7 @@ class Unlearning:
         )
         for module, original in zip(unlearned.modules(), model.modules(), strict=True):
             module.training = original.training
-        return Unlearned(unlearned, run)
+        return UnlearnedModel(unlearned, run)
 
     def survey(self, model: nn.Module, clean: CleanSet, seed: int, runs: int) -> list[UnlearningRun]:
         """Unlearn several times, each time on a seed of its own and every second time with noise.
