@@ -167,10 +167,6 @@ class Reach(_Part):
         """The mean share of patches over the sizes."""
         return statistics.fmean(self.shares)
 
-    def spread(self, beyond: float) -> bool:
-        """Whether a perturbation sends most images there, and a share more than patches do, then mere shortcuts."""
-        return self.faint >= 0.5 and self.faint >= self.mean + beyond
-
 
 class Trigger(_Part):
     """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
@@ -247,20 +243,6 @@ class Diagnosis(_Part):
     def all_to_all(self) -> bool:
         """Whether the trigger found has no single target, but one for each class."""
         return any(each.label is None for each in self.triggers)
-
-    def spread_over(self, label: int | None) -> float | None:
-        """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
-        shown = [each for each in self.triggers if each.label == label]
-        other = any(each.kind != "patch" for each in shown)
-        one_image = [1 / max(1, each.success.total) for each in shown]
-        reached = (each for each in self.reaches if each.label == label)
-        return next((each.norm for each in reached if other or each.spread(max([0.05, *one_image]))), None)
-
-    def patched(self, label: int | None) -> bool:
-        """Whether its trigger is a small patch: one was shown, or nothing but patches reach it; none is spread."""
-        shown = [each.kind for each in self.triggers if each.label == label]
-        reached = any(each.label == label and each.mean >= 0.5 for each in self.reaches)
-        return ("patch" in shown if shown else reached) and self.spread_over(label) is None
 
     @property
     def suspect(self) -> int | None:

@@ -28,6 +28,7 @@ from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
+from untrojan.scanners.reach import patched
 from untrojan.speed import faster, folded
 
 DECAY = 0.95
@@ -146,7 +147,7 @@ class Auto(Tuning):
         teacher, student = folded(teacher, clean), faster(model, clean)
         triggers: list[_Triggers] = []
         for aim in aims:
-            local = diagnosis.patched(aim.label)
+            local = patched(diagnosis, aim.label)
             norm = (1 if local else 2) * faint(diagnosis, clean)
             triggers.append(_Triggers(aim, clean.shape, norm, generator))
             if aim.label is not None:
