@@ -307,7 +307,7 @@ def _mark_chosen(chart: figure, point: CurvePoint) -> None:
     chart.scatter([point.pruned], [point.accuracy], color=_PANEL, line_color=_BAD, line_width=3, size=13)
     chart.add_layout(
         LinearAxis(
-            ticker=FixedTicker(ticks=[point.pruned]),
+            ticker=FixedTicker(ticks=[point.pruned]),  # pyright: ignore[reportArgumentType]
             major_label_overrides={point.pruned: "chosen"},
             major_label_text_color=_BAD,
             major_label_text_font_style="bold",
