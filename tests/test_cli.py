@@ -898,6 +898,7 @@ def test_methods_say_what_they_need_and_cost_and_whose_they_are(talk):
         needs, cost = told.line("Needs"), told.line("Cost")
         assert (card["needs"], card["cost"], card["references"]) == (needs, cost, told.references)
         assert all(part and part in text for part in (needs, cost, told.references[0]))
+    assert "paper  The project's own" in text
 
 
 @pytest.mark.parametrize("cls", discover("untrojan.defenses", Defense).values())

@@ -95,6 +95,13 @@ def test_stop():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(("stop", "left"), [(None, ", about "), (lambda _: False, ", at most ")])
+def test_the_time_left_is_an_upper_bound_where_a_fit_may_stop(capsys, stop, left):
+    with reporting(Lines(every=0)):
+        run(epochs=2, stop=stop)
+    assert left in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("schedule_steps", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_fit_that_begins_where_another_stood_ends_as_that_one(at, schedule_steps):

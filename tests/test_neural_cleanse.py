@@ -16,7 +16,7 @@ from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import make
-from untrojan.scanners.neural_cleanse import Trigger, anomaly_index, cleanse
+from untrojan.scanners.neural_cleanse import SoftPatch, anomaly_index, cleanse
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 
@@ -218,7 +218,7 @@ def test_the_suspect_is_recovered_and_nothing_else(clean, monkeypatch):
 
 def triggers(norms, missed=(), success=1.0):
     return [
-        Trigger(k, torch.full((1, 10, 10), norm / 100), torch.zeros(1, 10, 10), success, k not in missed)
+        SoftPatch(k, torch.full((1, 10, 10), norm / 100), torch.zeros(1, 10, 10), success, k not in missed)
         for k, norm in enumerate(norms)
     ]
 
@@ -279,7 +279,7 @@ def test_unlearning_written_out(clean, augment):
 
 @pytest.mark.parametrize(("share", "count"), [(1e-6, 1), (0.2, 2), (0.5, 4), (1, 8)])
 def test_a_share_of_the_images_is_stamped(clean, share, count):
-    trigger = Trigger(0, torch.ones(1, 8, 8), torch.zeros(3, 8, 8), 1.0)
+    trigger = SoftPatch(0, torch.ones(1, 8, 8), torch.zeros(3, 8, 8), 1.0)
     method = NeuralCleanse(stamped=share, batch_size=8)
     for images, labels in method._with_patch(clean, trigger, torch.Generator().manual_seed(0)):
         assert int((images == 0).flatten(1).all(1).sum()) == count
@@ -324,7 +324,7 @@ def test_a_patch_that_does_not_work_is_told(clean):
 
 @pytest.mark.filterwarnings("error::untrojan.UntrojanWarning")
 def test_a_patch_that_worked_in_its_epoch_is_not_complained_of(clean, monkeypatch):
-    found = Trigger(1, torch.zeros(1, 8, 8), torch.zeros(3, 8, 8), 0.95)
+    found = SoftPatch(1, torch.zeros(1, 8, 8), torch.zeros(3, 8, 8), 0.95)
     monkeypatch.setattr("untrojan.defenses.neural_cleanse.cleanse", lambda *_, **__: [found])
     NeuralCleanse(epochs=1).tune(build("plain"), clean, clean, GIVEN, 0)
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from untrojan.progress import Bars, Lines, overall, reporting, stage, timing, whole
+from untrojan.progress import AtMost, Bars, Lines, overall, reporting, stage, timing, whole
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_nested_timing_counts_in_both(clock):
     assert outer == {"a": 3, "b": 3}
 
 
-def broken(clock, total=9, each=4, later=0):
-    with stage("unlearn", total=total) as advance:
+def broken(clock, total=9, each=4, later=0, name="unlearn"):
+    with stage(name, total=total) as advance:
         clock.tick(each)
         advance()
         clock.tick(later)
@@ -170,6 +170,26 @@ def test_bars_count_down_what_is_left_also_where_a_step_takes_minutes(capsys, cl
     with pytest.raises(KeyError), reporting(Bars()):
         broken(clock, total=3, each=97, later=7)
     assert "1/3 1 min 37 s each 3 min 07 s left" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("reporter", "told"), [(Lines(every=0), "1 of 3, 4.0 s each, at most 8.0 s left"), (Bars(), "≤ 8.0 s left")]
+)
+def test_time_left_is_an_upper_bound_where_a_stage_may_end_early(capsys, clock, reporter, told):
+    with pytest.raises(KeyError), reporting(reporter):
+        broken(clock, total=AtMost(3))
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [40, 60, 79])
+def test_a_narrow_terminal_cuts_the_name_and_neither_steps_nor_time_left(capsys, clock, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(KeyError), reporting(Bars()):
+        broken(clock, total=AtMost(120), each=97, name="search changes " * 6)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("search ")
+    assert line.endswith(" 1/120 ≤ 3 h 12 min left")
+    assert len(line) <= columns
 
 
 def test_bars_tell_in_the_end_how_long_it_took(capsys, clock):

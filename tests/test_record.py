@@ -13,10 +13,8 @@ from untrojan.record import (
     MethodInfo,
     ModelInfo,
     Rate,
-    Reach,
     Record,
     ScanRecord,
-    Trigger,
 )
 
 MODEL = ModelInfo(state_sha256="a" * 64, architecture="Net", parameters=10, classes=2)
@@ -64,40 +62,6 @@ def test_rates_of_newcombe_and_others(count, total, low, high):
     rate = Rate.of(count, total)
     assert rate.value == count / total
     assert (rate.low, rate.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
-
-
-def found_by(kind, faint, images=100):
-    """A scan that shows a trigger of this kind, where patches send 60 % to the label on average."""
-    reach = Reach(label=2, sizes=[1, 2], shares=[0.2, 1.0], norm=1.5, faint=faint, far=1.25)
-    trigger = Trigger(label=2, kind=kind, what="", success=Rate.of(images, images), picture="", examples="")
-    return Diagnosis(verdict="found", rule="", targets=[], runs=[], reaches=[reach], triggers=[trigger])
-
-
-@pytest.mark.parametrize(
-    ("kind", "faint", "norm"),
-    [("patch", 0.6, None), ("patch", 0.64, None), ("patch", 0.66, 1.5), ("perturbation", 0.1, 1.5), ("warp", 0.1, 1.5)],
-)
-def test_a_trigger_is_spread_where_no_patch_was_shown_or_a_perturbation_does_more(kind, faint, norm):
-    assert found_by(kind, faint).spread_over(2) == norm
-    assert found_by(kind, faint).spread_over(1) is None
-    assert found_by(kind, faint).spread_over(None) is None
-
-
-@pytest.mark.parametrize(("faint", "norm"), [(0.9, None), (1.0, 1.5)])
-def test_a_single_image_does_not_tell_that_a_perturbation_does_more(faint, norm):
-    assert found_by("patch", faint, images=3).spread_over(2) == norm
-
-
-@pytest.mark.parametrize(
-    ("kind", "faint", "patched"),
-    [("patch", 0.6, True), ("patch", 0.66, False), ("warp", 0.1, False), (None, 0.6, True), (None, 0.66, False)],
-)
-def test_a_trigger_is_a_patch_where_one_was_shown_or_none_at_all_but_patches_reach_the_label(kind, faint, patched):
-    diagnosis = found_by(kind or "patch", faint)
-    shown = diagnosis.triggers if kind else []
-    diagnosis = diagnosis.model_copy(update={"triggers": shown})
-    assert diagnosis.patched(2) == patched
-    assert not diagnosis.patched(1)
 
 
 @given(st.integers(1, 10**7).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))

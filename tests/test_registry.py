@@ -16,6 +16,8 @@ from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.additive import Additive
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.registry import describe, discover, documentation, fields, identity, make, parse
+from untrojan.scanners.detectors.detector import Detector
+from untrojan.scanners.scanner import Scanner
 
 
 class Cook(ABC):
@@ -252,8 +254,15 @@ def test_documentation_of_what_is_not_documented():
     assert documentation(Silent).references == []
 
 
-@pytest.mark.parametrize("cls", discover("untrojan.defenses", Defense).values())
-def test_every_defense_says_what_its_users_must_know(cls):
+@pytest.mark.parametrize(
+    "cls",
+    [
+        *discover("untrojan.defenses", Defense).values(),
+        *discover("untrojan.scanners", Scanner).values(),
+        *discover("untrojan.scanners.detectors", Detector).values(),
+    ],
+)
+def test_every_method_says_what_its_users_must_know(cls):
     told = documentation(cls)
     assert told.summary.endswith(".")
     assert told.text

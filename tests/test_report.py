@@ -13,7 +13,11 @@ import pytest
 from browser import opened
 from PIL import Image
 from sarif_schema import SCHEMA
+from tiny import DEFENSES, GIVEN, QUICK, build, make_clean
 
+from untrojan import registry
+from untrojan.defenses.outliers import Outliers
+from untrojan.defenses.pruning import Pruning
 from untrojan.record import (
     Accuracy,
     Calibration,
@@ -577,6 +581,34 @@ def test_charts_mark_the_labels_of_the_verdict(diagnosis, bad, key, chart):
     keys = [text for tag, text in page.texts if tag == "body" and text.startswith("suspected")]
     assert keys == [key] * 2 if key else not keys
     assert page.text().count("other labels") >= 1 if key else "other classes" not in page.text()
+
+
+def test_the_chosen_point_is_named_beside_the_chart_where_it_covers_nothing(pages):
+    def chart(name):
+        return json.loads(Page(pages[name]).data["plots"])["figures"]["pruning"]["doc"]["roots"][0]["attributes"]
+
+    (axis,) = chart("repaired")["above"]
+    chosen = make().selection.curve[9].pruned
+    assert axis["attributes"]["ticker"]["attributes"]["ticks"] == [chosen]
+    assert axis["attributes"]["major_label_overrides"]["entries"] == [[chosen, "chosen"]]
+    assert '"Label"' not in json.dumps(chart("repaired"))
+    assert "above" not in chart("failed")
+
+
+@pytest.mark.parametrize("name", [name for name, method in DEFENSES.items() if issubclass(method, Pruning)])
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+@pytest.mark.usefixtures("no_checks")
+def test_the_page_says_what_the_scores_of_the_method_are(name):
+    method = registry.make(DEFENSES[name], QUICK[name])
+    page = Page(page_of(method.repair(build("batchnorm"), make_clean(), GIVEN).record))
+    (meaning,) = re.findall(r"A score is (.*?)\.", page.text())
+    assert ("standard deviations" in meaning) == issubclass(DEFENSES[name], Outliers)
+    assert ("given up" in meaning) == (name in ("anp", "rnp"))
+    assert "mask value" not in page.data["plots"]
+
+
+def test_a_method_from_elsewhere_explains_its_scores_itself(pages):
+    assert "A score is explained in the description of the method." in Page(pages["hostile"]).text()
 
 
 def test_command_can_be_copied_or_is_said_to_be_python(pages):

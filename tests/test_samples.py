@@ -17,6 +17,7 @@ from torch import nn
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.model import logits
+from untrojan.progress import Lines, reporting
 from untrojan.record import Diagnosis, Target
 from untrojan.registry import describe, discover, make
 from untrojan.scanners.detectors.activation_clustering import ActivationClustering, reduced, signed_silhouette
@@ -125,6 +126,15 @@ def test_unlearned_written_out():
     assert torch.allclose(how.score(net, clean, samples, UNKNOWN, seed=4).double(), odds["after"], atol=1e-3)
     change = Unlearned(unlearn_epochs=3, by="change").score(net, clean, samples, UNKNOWN, seed=4)
     assert torch.allclose(change.double(), odds["after"] - odds["before"], atol=1e-3)
+
+
+def test_what_is_done_is_named_once(capsys):
+    net, clean = backdoored(7)
+    with reporting(Lines(every=0, quick=0)):
+        Unlearned(unlearn_epochs=2, floor=0.01).score(net, clean, Suspects.of(clean), UNKNOWN)
+    told = capsys.readouterr().err
+    assert "unlearn: 1 of 2" in told
+    assert "screen unlearned: " in told
 
 
 def test_strip_written_out():

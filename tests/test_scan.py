@@ -15,7 +15,7 @@ from untrojan.errors import DataError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, ScanRecord, UnlearningPoint, UnlearningRun
 from untrojan.registry import describe, discover, make
 from untrojan.scanners import neural_cleanse
-from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, Trigger
+from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, SoftPatch
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import RULE, Unlearning, UnlearningScanner, diagnose
@@ -175,7 +175,7 @@ def test_the_label_of_a_small_patch_is_found(clean):
 def a_trigger(label, size, reached=True, channels=3):
     mask = torch.zeros(1, 10, 10)
     mask.view(-1)[:size] = 1
-    return Trigger(label, mask, torch.full((channels, 10, 10), 0.5), 0.7, reached)
+    return SoftPatch(label, mask, torch.full((channels, 10, 10), 0.5), 0.7, reached)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,13 @@ def test_the_page_shows_the_images(page, site):
     assert "http" not in re.sub(r"base64,[^\"]+", "", text).replace("http-equiv", "")
 
 
+def test_the_page_counts_the_labels_of_what_it_shows(page):
+    _, record = page
+    top = [record.top[0].model_copy(update={"label": label}) for label in (3, 7, 7)]
+    text = render(record.model_copy(update={"top": top}), torch.zeros(3, 1, 8, 8))
+    assert "Of the samples below, <b>2</b> have label 7, <b>1</b> has label 3." in text
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [([7, 1], "Backdoor found: target labels 7, 1"), ([None], "Backdoor found, with a target for every class")],

@@ -11,10 +11,10 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.model import logits
-from untrojan.record import Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
+from untrojan.record import Diagnosis, Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import bounded
-from untrojan.scanners.reach import ALIKE, FAR, FURTHER, MOST, judge, targets_of
+from untrojan.scanners.reach import ALIKE, FAR, FURTHER, MOST, judge, patched, spread_over, targets_of
 from untrojan.scanners.triggers import FAINT, SIZES, TriggerScanner, _halves, _Look
 from untrojan.scanners.unlearning import diagnose
 
@@ -387,3 +387,40 @@ def test_a_label_that_a_warp_reaches_shows_the_warp_whatever_else_goes_further(i
     look.changes = [warp, other._replace(comparison=ahead)]
     trigger = look.trigger(2)
     assert (trigger.kind, trigger.what) == ("warp", str(warp))
+
+
+# Patch or spread
+
+
+def found_by(kind, faint, images=100):
+    """A scan that shows a trigger of this kind, where patches send 60 % to the label on average."""
+    reach = Reach(label=2, sizes=[1, 2], shares=[0.2, 1.0], norm=1.5, faint=faint, far=1.25)
+    trigger = Trigger(label=2, kind=kind, what="", success=Rate.of(images, images), picture="", examples="")
+    return Diagnosis(verdict="found", rule="", targets=[], runs=[], reaches=[reach], triggers=[trigger])
+
+
+@pytest.mark.parametrize(
+    ("kind", "faint", "norm"),
+    [("patch", 0.6, None), ("patch", 0.64, None), ("patch", 0.66, 1.5), ("perturbation", 0.1, 1.5), ("warp", 0.1, 1.5)],
+)
+def test_a_trigger_is_spread_where_no_patch_was_shown_or_a_perturbation_does_more(kind, faint, norm):
+    assert spread_over(found_by(kind, faint), 2) == norm
+    assert spread_over(found_by(kind, faint), 1) is None
+    assert spread_over(found_by(kind, faint), None) is None
+
+
+@pytest.mark.parametrize(("faint", "norm"), [(0.9, None), (1.0, 1.5)])
+def test_a_single_image_does_not_tell_that_a_perturbation_does_more(faint, norm):
+    assert spread_over(found_by("patch", faint, images=3), 2) == norm
+
+
+@pytest.mark.parametrize(
+    ("kind", "faint", "local"),
+    [("patch", 0.6, True), ("patch", 0.66, False), ("warp", 0.1, False), (None, 0.6, True), (None, 0.66, False)],
+)
+def test_a_trigger_is_a_patch_where_one_was_shown_or_none_at_all_but_patches_reach_the_label(kind, faint, local):
+    diagnosis = found_by(kind or "patch", faint)
+    shown = diagnosis.triggers if kind else []
+    diagnosis = diagnosis.model_copy(update={"triggers": shown})
+    assert patched(diagnosis, 2) == local
+    assert not patched(diagnosis, 1)

@@ -15,7 +15,7 @@ from untrojan.defenses.ulrl import ULRL
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target, UnlearningRun
 from untrojan.registry import make
-from untrojan.scanners.unlearning import Unlearned, Unlearning, UnlearningScanner
+from untrojan.scanners.unlearning import UnlearnedModel, Unlearning, UnlearningScanner
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -46,7 +46,7 @@ def moves(monkeypatch):
                 *_, original, _ = model.parameters()
                 signs = torch.tensor([1.0, -1.0]).repeat(len(original[0]) // 2)
                 weight.copy_(original + torch.tensor(amounts)[:, None] * signs / len(signs))
-            return Unlearned(moved, RUN)
+            return UnlearnedModel(moved, RUN)
 
         monkeypatch.setattr(ULRL, "unlearn", unlearn)
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from untrojan.device import out_of_memory
 from untrojan.errors import UnreliableWarning
-from untrojan.progress import stage
+from untrojan.progress import AtMost, stage
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _SMALLEST_BATCH = 8
@@ -149,7 +149,8 @@ def fit(
     gradient = _Gradient(parameters, step)
     sound: list[Tensor] = []
     confirmed = len(history)
-    with stage(name, total=epochs - len(history), detail=detail) as advance:
+    left = epochs - len(history)
+    with stage(name, AtMost(left) if stop else left, detail) as advance:
         while len(history) < epochs:
             start = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
             sound = sound or start

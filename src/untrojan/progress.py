@@ -25,6 +25,11 @@ class Advance(Protocol):
 
 QUICK = 1.0
 LEAST_OFTEN = 60.0
+NARROW = 80
+
+
+class AtMost(int):
+    """A number of steps, of which a stage may need fewer: the time left is then an upper bound, and shown as one."""
 
 
 class Reporter(Protocol):
@@ -70,8 +75,9 @@ class Lines:
             if now - said >= wait and done < total:
                 said, wait = now, min(2 * wait, max(wait, LEAST_OFTEN))
                 left = (total - done) * (now - start) / done
+                about = "at most" if isinstance(total, AtMost) else "about"
                 so_far = ", ".join(filter(None, (f"{done} of {total}", note, _pace(done, now - start))))
-                self._say(f"{name}: {so_far}, about {span(left)} left")
+                self._say(f"{name}: {so_far}, {about} {span(left)} left")
 
         yield advance
         spent = time.monotonic() - start
@@ -83,7 +89,7 @@ class Lines:
 
 
 class Bars:
-    """Draws one bar per stage on a terminal, with pace and time left.
+    """Draws one bar per stage on a terminal, with pace and time left; where it is narrow, steps and time left alone.
 
     Args:
         quick: Stages that take less than these seconds leave nothing behind, nor do those that are parts of another.
@@ -140,18 +146,28 @@ def _bars() -> "Progress":
             took, ends = task.fields["took"], task.fields["ends"]
             if took is not None:
                 return Text(span(took), style="progress.elapsed")
-            left = "" if ends is None else f"{span(max(0.0, ends - time.monotonic()))} left"
+            most = "≤ " if isinstance(task.total, AtMost) else ""
+            left = "" if ends is None else f"{most}{span(max(0.0, ends - time.monotonic()))} left"
             return Text(left, style="progress.remaining")
 
-    return Progress(
-        TextColumn("{task.description:<27}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[pace]:>10}"),
-        TextColumn("{task.fields[note]}", markup=False),
-        Left(table_column=Column(no_wrap=True)),
-        console=Console(stderr=True),
-    )
+    class Name(TextColumn):
+        """What is done, on one line: where the terminal is narrow, it alone is cut."""
+
+        def render(self, task: Task) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "crop"
+            return text
+
+    console = Console(stderr=True)
+    wide = console.width >= NARROW
+    name = Name("{task.description:<27}", markup=False, table_column=Column(no_wrap=wide))
+    steps = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+    left = Left(table_column=Column(no_wrap=True))
+    if not wide:
+        return Progress(name, steps, left, console=console)
+    pace = TextColumn("{task.fields[pace]:>10}")
+    note = TextColumn("{task.fields[note]}", markup=False)
+    return Progress(name, BarColumn(bar_width=None), steps, pace, note, left, console=console)
 
 
 def _pace(steps: int, seconds: float) -> str:
@@ -209,7 +225,7 @@ def stage(name: str, total: int, detail: str = "") -> Iterator[Advance]:
 
     Args:
         name: What is being done, in one or two words; stages of one name are summed in the record.
-        total: How many steps it has, at least an upper bound.
+        total: How many steps it has; :class:`AtMost` so many where it may end early.
         detail: Which of several rounds this is, shown behind the name.
 
     Yields:

@@ -17,6 +17,7 @@ from untrojan.errors import RecordError, plain
 from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
 
 SCHEMA_VERSION = 1
+EXPLAINED = "explained in the description of the method"
 Verdict = Literal["found", "not_found", "inconclusive"]
 ChangeKind = Literal["perturbation", "warp", "recoloring"]
 TriggerKind = Literal["patch"] | ChangeKind
@@ -167,10 +168,6 @@ class Reach(_Part):
         """The mean share of patches over the sizes."""
         return statistics.fmean(self.shares)
 
-    def spread(self, beyond: float) -> bool:
-        """Whether a perturbation sends most images there, and a share more than patches do, then mere shortcuts."""
-        return self.faint >= 0.5 and self.faint >= self.mean + beyond
-
 
 class Trigger(_Part):
     """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
@@ -248,20 +245,6 @@ class Diagnosis(_Part):
         """Whether the trigger found has no single target, but one for each class."""
         return any(each.label is None for each in self.triggers)
 
-    def spread_over(self, label: int | None) -> float | None:
-        """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch."""
-        shown = [each for each in self.triggers if each.label == label]
-        other = any(each.kind != "patch" for each in shown)
-        one_image = [1 / max(1, each.success.total) for each in shown]
-        reached = (each for each in self.reaches if each.label == label)
-        return next((each.norm for each in reached if other or each.spread(max([0.05, *one_image]))), None)
-
-    def patched(self, label: int | None) -> bool:
-        """Whether its trigger is a small patch: one was shown, or nothing but patches reach it; none is spread."""
-        shown = [each.kind for each in self.triggers if each.label == label]
-        reached = any(each.label == label and each.mean >= 0.5 for each in self.reaches)
-        return ("patch" in shown if shown else reached) and self.spread_over(label) is None
-
     @property
     def suspect(self) -> int | None:
         """The label that the scan puts first, unless it cleared the model, told no labels apart, or all are targets."""
@@ -295,10 +278,11 @@ class CurvePoint(_Part):
 class Selection(_Part):
     """How much was pruned, by which rule, and what else could have been chosen.
 
-    `chosen` is the index into `curve`, or `None` when no point was acceptable.
+    `chosen` is the index into `curve`, or `None` when no point was acceptable; `scores` says what is pruned by.
     """
 
     rule: str
+    scores: str = EXPLAINED
     chosen: int | None
     curve: list[CurvePoint]
 
@@ -312,7 +296,7 @@ class Check(_Part):
 
 
 class Layer(_Part):
-    """The masks of one layer: its name, every mask value in unit order, and which units were changed."""
+    """The scores of one layer: its name, the score of every unit in order, and which units were changed."""
 
     name: str
     values: list[float]

@@ -91,6 +91,10 @@ class ANP(Pruning):
     """
 
     name: ClassVar[str] = "anp"
+    scores: ClassVar[str] = (
+        "the part of a unit that is kept when the network has to withstand changes of its weights; below 0 are "
+        "units given up entirely, the longer the further below"
+    )
 
     threshold: float = Field(default=0.2, ge=-1, le=1)
     lr: float = Field(default=0.2, gt=0)

@@ -29,6 +29,7 @@ from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import BoxDraws, Patches, pinpoint, search, strengths
+from untrojan.scanners.reach import patched
 from untrojan.speed import faster, folded
 
 DECAY = 0.95
@@ -110,16 +111,19 @@ class Auto(Tuning):
         'auto'
 
     References:
+        The project's own, with ideas from I-BAU, Neural Cleanse and universal adversarial training.
+
         Zeng, Chen, Park, Mao, Jin, Jia: Adversarial unlearning of backdoors via implicit hypergradient, ICLR 2022,
         arXiv:2110.03735, for unlearning what an inner search finds.
 
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
         neural networks, IEEE S&P 2019, for unlearning with recovered triggers.
 
+        Shafahi, Najibi, Xu, Dickerson, Davis, Goldstein: Universal adversarial training, AAAI 2020, arXiv:1811.11304,
+        for changes that climb while the model learns.
+
     Deviations:
-        * This is the project's own method; the two papers have the idea of unlearning what a search finds.
-        * That changes climb while the model learns is from universal adversarial training, Shafahi, Najibi, Xu,
-          Dickerson, Davis, Goldstein: AAAI 2020, arXiv:1811.11304, where they lead away from every label.
+        * In universal adversarial training, the changes that climb lead away from every label.
         * `crop-flip`, the default here, shifts images by up to an eighth of their side.
     """
 
@@ -144,7 +148,7 @@ class Auto(Tuning):
         teacher, student = folded(teacher, clean), faster(model, clean)
         triggers: list[_Triggers] = []
         for aim in aims:
-            local = diagnosis.patched(aim.label)
+            local = patched(diagnosis, aim.label)
             norm = (1 if local else 2) * faint(diagnosis, clean)
             triggers.append(_Triggers(aim, clean.shape, norm, generator))
             if aim.label is not None:

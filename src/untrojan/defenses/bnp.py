@@ -60,6 +60,10 @@ class BNP(Outliers):
     """
 
     name: ClassVar[str] = "bnp"
+    scores: ClassVar[str] = (
+        "by how many standard deviations the divergence of a unit from what it saw in training lies below the mean "
+        "of its layer: units far above the mean have the lowest scores"
+    )
 
     def measure(self, model: nn.Module, clean: CleanSet, seed: int) -> Mapping[str, Tensor]:
         """Measure the divergence of every channel, in nats.

@@ -16,6 +16,7 @@ from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import against_others
 from untrojan.scanners.inversion import Perturbation, bounded, universal
 from untrojan.scanners.patches import search, smallest
+from untrojan.scanners.reach import spread_over
 from untrojan.scanners.triggers import faintest
 
 FOUND_AGAIN = 0.2
@@ -133,7 +134,7 @@ def resists_perturbation(
 
     def resists(aim: Aim) -> _Told:
         passed, told = True, []
-        for ball, found in _perturbations(model, clean, aim, diagnosis.spread_over(aim.label), seed):
+        for ball, found in _perturbations(model, clean, aim, spread_over(diagnosis, aim.label), seed):
             before, after = (found.success(each, clean, aim) for each in (model, repaired))
             passed = passed and _at_most(allowed, after, clean, aim)
             told.append(
@@ -177,7 +178,7 @@ def surrogates(
     for aim in reachable(diagnosis, clean):
         judges = _judges(model, clean, aim)
         if aim.label is not None:
-            norm = diagnosis.spread_over(aim.label)
+            norm = spread_over(diagnosis, aim.label)
             found = (each for _, each in _perturbations(model, clean, aim, norm, seed + 4))
             made += [partial(each.success, clean=clean, aim=aim) for each in found]
         patch = smallest(model, judges, aim, search(model, judges, aim, generator))

@@ -61,6 +61,10 @@ class CLP(Outliers):
     """
 
     name: ClassVar[str] = "clp"
+    scores: ClassVar[str] = (
+        "by how many standard deviations the most that a unit can amplify lies below the mean of its layer: units "
+        "far above the mean have the lowest scores"
+    )
     data_free: ClassVar[bool] = True
 
     zero_bias: bool = True

@@ -16,7 +16,7 @@ from untrojan.errors import UnreliableWarning
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
 from untrojan.run import chose
-from untrojan.scanners.neural_cleanse import ENOUGH, Trigger, cleanse, diagnose
+from untrojan.scanners.neural_cleanse import ENOUGH, SoftPatch, cleanse, diagnose
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -106,7 +106,7 @@ class NeuralCleanse(Tuning):
         )
         return model
 
-    def recover(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> Trigger:
+    def recover(self, model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) -> SoftPatch:
         """Recover the trigger of the suspected label, or of the label whose mask is too small.
 
         Args:
@@ -130,11 +130,11 @@ class NeuralCleanse(Tuning):
             warnings.warn(UnreliableWarning(text), stacklevel=3)
         return triggers[smallest]
 
-    def _cleanse(self, model: nn.Module, clean: CleanSet, labels: list[int], seed: int) -> list[Trigger]:
+    def _cleanse(self, model: nn.Module, clean: CleanSet, labels: list[int], seed: int) -> list[SoftPatch]:
         return cleanse(model, clean, labels, seed, lr=self.mask_lr, epochs=self.mask_epochs)
 
     def _with_patch(
-        self, clean: CleanSet, trigger: Trigger, generator: torch.Generator
+        self, clean: CleanSet, trigger: SoftPatch, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.batches(clean, generator):
             count = max(1, round(self.stamped * len(images)))

@@ -17,7 +17,7 @@ from untrojan.defenses.defense import Defense, Outcome
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import Cut, HeldOut, Mask, Unit, budget, curve_point, sweep
 from untrojan.model import correct
-from untrojan.record import Check, Diagnosis, Selection
+from untrojan.record import EXPLAINED, Check, Diagnosis, Selection
 
 DISARMED = 0.1
 
@@ -26,7 +26,7 @@ DISARMED = 0.1
 class Pruning(Defense):
     """Base of the defenses that prune by scores; authors write :meth:`score`.
 
-    A class variable says which thresholds the curve shows.
+    Class variables say which thresholds the curve shows, and what a score is, for people.
 
     Attributes:
         variant: `fixed` or `released`; see Deviations. `released` scores on all images, so the curve shows the accuracy
@@ -43,6 +43,7 @@ class Pruning(Defense):
             published, it does for CLP and stays for the others.
     """
 
+    scores: ClassVar[str] = EXPLAINED
     thresholds: ClassVar[tuple[float, ...]] = tuple(step / 20 for step in range(19))
 
     variant: Literal["fixed", "released"] = "fixed"
@@ -128,7 +129,7 @@ class Pruning(Defense):
             before if chosen is None else right[chosen],
             self.data_free or self.variant == "fixed",
             checks,
-            Selection(rule=self._rule(), chosen=chosen, curve=measured + curve[len(measured) :]),
+            Selection(rule=self._rule(), scores=self.scores, chosen=chosen, curve=measured + curve[len(measured) :]),
             whole,
             kept,
         )

@@ -90,6 +90,10 @@ class RNP(Unlearning, Pruning):
     """
 
     name: ClassVar[str] = "rnp"
+    scores: ClassVar[str] = (
+        "the part of a unit that is kept when the unlearned network recovers by giving up units; below 0 are "
+        "units given up entirely, the earlier the further below"
+    )
 
     threshold: float = Field(default=0.2, ge=-1, le=1)
     recover_lr: float = Field(default=0.04, gt=0)

@@ -60,7 +60,6 @@ def render(record: RunRecord) -> str:
     filters = {"label": record.label, "picture": _PICTURES.__getitem__, "where_to": partial(_where_to, record)}
     return template("page.html.jinja", **filters).render(
         record=record,
-        style=Markup(_read("page.css")),
         scripts=[Markup(script) for script in scripts],
         hashes=[csp_hash(script) for script in scripts],
         plots=plots.keys(),
@@ -79,6 +78,7 @@ def render(record: RunRecord) -> str:
 def template(name: str, **filters: Callable[..., str]) -> "Template":
     """Open a page template, with filters of its own; text from the record is escaped in it, and made visible."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -96,6 +96,7 @@ def template(name: str, **filters: Callable[..., str]) -> "Template":
         "size": _size,
         **filters,
     }
+    environment.globals["style"] = Markup(_read("page.css"))
     return environment.get_template(name)
 
 

@@ -80,12 +80,10 @@ def render(rows: Sequence[Row]) -> str:
 
     from untrojan.report import csp_hash, inside_script, template
 
-    here = Path(__file__).parent
-    script = (here / "leaderboard.js").read_text("utf-8")
+    script = (Path(__file__).parent / "leaderboard.js").read_text("utf-8")
     grouped = results(rows)
     tables = {"defenses": defenses(grouped), "results": grouped}
     return template("leaderboard.html.jinja").render(
-        style=Markup((here / "page.css").read_text("utf-8")),
         script=Markup(script),
         hash=csp_hash(script),
         data=Markup(inside_script(json.dumps(tables, separators=(",", ":")))),

@@ -12,7 +12,7 @@ from bokeh.models import (
     ColumnDataSource,
     FixedTicker,
     HoverTool,
-    Label,
+    LinearAxis,
     NoOverlap,
     NumeralTickFormatter,
     PlainText,
@@ -26,7 +26,7 @@ from bokeh.plotting import figure
 from bokeh.themes import Theme
 
 from untrojan.errors import visible
-from untrojan.record import Record, RunRecord, UnlearningRun
+from untrojan.record import CurvePoint, Record, RunRecord, UnlearningRun
 
 _VARIABLES = (
     "ink",
@@ -288,7 +288,7 @@ def _pruning(record: Record) -> figure:
         before = record.before.accuracy.value
         chart.add_layout(Span(location=before, dimension="width", line_color=_MUTED, line_dash="dashed"))
     if record.selection.chosen is not None:
-        _mark_chosen(chart, record, curve[0].pruned, curve[-1].pruned)
+        _mark_chosen(chart, record.selection.curve[record.selection.chosen])
     chart.yaxis.formatter = NumeralTickFormatter(format="0%")
     tooltips = [
         ("threshold", "@threshold{0.000}"),
@@ -301,27 +301,20 @@ def _pruning(record: Record) -> figure:
     return chart
 
 
-def _mark_chosen(chart: figure, record: Record, first: int, last: int) -> None:
-    assert record.selection is not None
-    assert record.selection.chosen is not None
-    point = record.selection.curve[record.selection.chosen]
-    to_the_right = point.pruned - first < 0.45 * (last - first)
+def _mark_chosen(chart: figure, point: CurvePoint) -> None:
+    """Circle a point and name it on an axis of its own, above the chart, where nothing can be covered."""
     chart.add_layout(Span(location=point.pruned, dimension="height", line_color=_BAD, line_dash="dotted"))
     chart.scatter([point.pruned], [point.accuracy], color=_PANEL, line_color=_BAD, line_width=3, size=13)
     chart.add_layout(
-        Label(
-            x=point.pruned,
-            y=point.accuracy,
-            text=f"chosen\n{point.pruned} units\n{100 * point.accuracy:.1f}%",
-            x_offset=10 if to_the_right else -10,
-            y_offset=-40,
-            text_align="left" if to_the_right else "right",
-            text_baseline="top",
-            text_color=_BAD,
-            text_font=_FONT,
-            text_font_size="13px",
-            text_font_style="bold",
-        )
+        LinearAxis(
+            ticker=FixedTicker(ticks=[point.pruned]),  # pyright: ignore[reportArgumentType]
+            major_label_overrides={point.pruned: "chosen"},
+            major_label_text_color=_BAD,
+            major_label_text_font_style="bold",
+            axis_line_color=None,
+            major_tick_line_color=_BAD,
+        ),
+        "above",
     )
 
 
@@ -352,7 +345,7 @@ def _masks(record: Record) -> figure:
         }
     )
     row_height = max(14, min(28, 640 // len(layers)))
-    chart = _figure(84 + row_height * len(layers), "mask value", None, x_range=Range1d(start=low, end=high))
+    chart = _figure(84 + row_height * len(layers), "score", None, x_range=Range1d(start=low, end=high))
     _name_rows(chart, [_end(visible(layer.name), 20) for layer in layers])
     cells = chart.rect(
         "center", "row", 0.94 * width, 0.84, color="color", alpha="alpha", line_color=None, source=source
@@ -362,7 +355,7 @@ def _masks(record: Record) -> figure:
         chart.add_layout(Span(location=threshold, dimension="height", line_color=_BAD, line_dash="dotted"))
     tooltips = [
         ("layer", "@name"),
-        ("mask value", "@range"),
+        ("score", "@range"),
         ("units", "@units"),
         ("of them changed", "@changed"),
     ]

@@ -4,15 +4,11 @@ As the report of a repair, it works offline, fetches nothing, and takes everythi
 has no script.
 """
 
-from pathlib import Path
-
 from torch import Tensor
 
 from untrojan.pictures import png
 from untrojan.report import finding, image_rows, model_rows, run_tables, template
 from untrojan.scanners.samples import ScreeningRecord
-
-_HERE = Path(__file__).parent
 
 _VERDICTS = {
     "found": ("bad", "✕", "Backdoor found in the model"),
@@ -31,11 +27,8 @@ def render(record: ScreeningRecord, images: Tensor) -> str:
     Returns:
         One HTML page that needs no network.
     """
-    from markupsafe import Markup
-
     return template("screening.html.jinja", label=record.label).render(
         record=record,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         badge=_VERDICTS[record.diagnosis.verdict],
         finding=finding(record),
         shown=list(zip(record.top, map(png, images), strict=True)),

@@ -36,8 +36,8 @@ RULE = (
 )
 
 
-class Trigger(NamedTuple):
-    """A patch that sends images to a label.
+class SoftPatch(NamedTuple):
+    """A patch that sends images to a label, and that they may shine through.
 
     Attributes:
         label: Where it sends them.
@@ -63,7 +63,7 @@ class Trigger(NamedTuple):
         """Put the patch on images `(N, C, H, W)`.
 
         Example:
-            >>> trigger = Trigger(0, torch.tensor([[[0.0, 1.0]]]), torch.ones(1, 1, 2), success=1.0)
+            >>> trigger = SoftPatch(0, torch.tensor([[[0.0, 1.0]]]), torch.ones(1, 1, 2), success=1.0)
             >>> trigger.stamp(torch.zeros(1, 1, 1, 2)).tolist()
             [[[[0.0, 1.0]]]]
         """
@@ -72,7 +72,7 @@ class Trigger(NamedTuple):
 
 def cleanse(
     model: nn.Module, clean: CleanSet, labels: Sequence[int], seed: int, *, lr: float = 0.1, epochs: int = 80
-) -> list[Trigger]:
+) -> list[SoftPatch]:
     """Find for each label a small patch that sends at least 98 % of the other classes' images there.
 
     Mask and pattern are `tanh(.) / 2 + 1 / 2` of free values, learned by Adam on the cross-entropy towards the label
@@ -136,7 +136,7 @@ def anomaly_index(values: Sequence[float]) -> list[float]:
     return (away / scale if scale > 0 else torch.zeros_like(away)).tolist()
 
 
-def diagnose(triggers: Sequence[Trigger]) -> Diagnosis:
+def diagnose(triggers: Sequence[SoftPatch]) -> Diagnosis:
     """Find the labels whose patches are too small.
 
     Args:
@@ -192,6 +192,12 @@ class NeuralCleanseScanner(Scanner):
     Cost:
         2 F per image, epoch and class, F being one image through the network once: at most 161 F per image and class.
 
+    Example:
+        >>> clean = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> [patch.label for patch in NeuralCleanseScanner(mask_epochs=2).scan(net, clean).patches]
+        [0, 1]
+
     References:
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
         neural networks, IEEE S&P 2019.
@@ -231,7 +237,7 @@ class _Inversion:
         self.states = [_State(label) for label in labels]
         self.active = list(range(len(labels)))
 
-    def run(self, size: int, lr: float, epochs: int) -> list[Trigger]:
+    def run(self, size: int, lr: float, epochs: int) -> list[SoftPatch]:
         fit(
             self.free,
             self._step,
@@ -244,7 +250,7 @@ class _Inversion:
         )
         masks, patterns = self._patches(slice(None))
         found = [
-            state.best or Trigger(state.label, mask, pattern, 0.0, reached=False)
+            state.best or SoftPatch(state.label, mask, pattern, 0.0, reached=False)
             for state, mask, pattern in zip(self.states, masks.detach(), patterns.detach(), strict=True)
         ]
         return [each._replace(success=Aim(each.label).share(self.model, self.clean, each.stamp)) for each in found]
@@ -283,7 +289,7 @@ class _State:
         self.hits = self.shown = 0
         self.reached = self.missed = self.waited = 0
         self.raised = self.lowered = False
-        self.best: Trigger | None = None
+        self.best: SoftPatch | None = None
         self.last_norm = math.inf
 
     @property
@@ -294,7 +300,7 @@ class _State:
         success = self.hits / max(self.shown, 1)
         self.hits = self.shown = 0
         if success >= ENOUGH and (self.best is None or float(mask.sum()) < self.best.norm):
-            self.best = Trigger(self.label, mask.clone(), pattern.clone(), success)
+            self.best = SoftPatch(self.label, mask.clone(), pattern.clone(), success)
         self._wait()
         self._change_cost(success >= ENOUGH)
 

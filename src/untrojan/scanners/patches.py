@@ -18,7 +18,7 @@ from untrojan.data import CleanSet
 from untrojan.fit import fit
 from untrojan.model import evaluating
 from untrojan.pictures import png
-from untrojan.progress import stage
+from untrojan.progress import AtMost, stage
 from untrojan.scanners.aim import Aim
 from untrojan.speed import folded
 
@@ -326,7 +326,7 @@ def measured(
     """
     tried = []
     candidates = [row for row in _candidates(patches) if patches.areas[row] <= most]
-    with stage("try patches", total=len(candidates), detail=str(aim)) as advance:
+    with stage("try patches", total=AtMost(len(candidates)), detail=str(aim)) as advance:
         for row in candidates:
             height, width, top, left = patches.boxes[row].tolist()
             values = patches.patterns[patches.which[row], :, top : top + height, left : left + width].clone()

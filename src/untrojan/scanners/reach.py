@@ -10,6 +10,7 @@ FAR = 0.5
 MOST = 0.8
 FURTHER = 0.4
 ALIKE = 0.9
+BEYOND = 0.05
 RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
     f"largest of these {MOST:.0%}, or a faint perturbation or a slight warp sends {MOST:.0%} there and {FURTHER:.0%} "
@@ -127,6 +128,26 @@ def judge(
             false_alarms=_at_least(1, clean_models),
         ),
     )
+
+
+def spread_over(diagnosis: Diagnosis, label: int | None) -> float | None:
+    """The l2 norm of the perturbation found for a label, where its trigger is spread over the image, no patch.
+
+    It is where another trigger than a patch was shown, or a perturbation sends most images there, and a share more than
+    patches do, which are mere shortcuts then.
+    """
+    shown = [each for each in diagnosis.triggers if each.label == label]
+    other = any(each.kind != "patch" for each in shown)
+    beyond = max([BEYOND, *(1 / max(1, each.success.total) for each in shown)])
+    reached = (each for each in diagnosis.reaches if each.label == label)
+    return next((each.norm for each in reached if other or each.faint >= max(FAR, each.mean + beyond)), None)
+
+
+def patched(diagnosis: Diagnosis, label: int | None) -> bool:
+    """Whether its trigger is a small patch: one was shown, or nothing but patches reach it; none is spread."""
+    shown = [each.kind for each in diagnosis.triggers if each.label == label]
+    reached = any(each.label == label and each.mean >= FAR for each in diagnosis.reaches)
+    return ("patch" in shown if shown else reached) and spread_over(diagnosis, label) is None
 
 
 def _left_one(run: UnlearningRun) -> bool:

@@ -18,7 +18,7 @@ from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.model import logits
 from untrojan.pictures import png
-from untrojan.progress import whole
+from untrojan.progress import AtMost, whole
 from untrojan.record import Diagnosis, Rate, Reach, Trigger, TriggerKind
 from untrojan.scanners import unlearning
 from untrojan.scanners.aim import Aim
@@ -86,11 +86,25 @@ class TriggerScanner(Unlearning, Scanner):
         network once. A search for perturbations has 20 steps per label, up to seven times, and 60 for each of the
         three, up to four times. Whole-image changes take 11,000 F for each of six labels.
 
+    Example:
+        >>> clean = CleanSet(torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> quick = TriggerScanner(runs=2, unlearn_epochs=1, search_steps=2, refine_steps=2)
+        >>> found = quick.scan(net, clean)
+        >>> len(found.runs), all(0 <= reach.faint <= 1 for reach in found.reaches)
+        (2, True)
+
     References:
         Li et al.: Reconstructive neuron pruning for backdoor defense, ICML 2023, arXiv:2305.14876.
 
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: identifying and mitigating backdoor attacks in
         neural networks, IEEE S&P 2019, whose masks the patches replace.
+
+    Deviations:
+        * This is the project's own method: the one paper has the unlearning, the other the idea to search a trigger
+          for every label and to compare the labels.
+        * Triggers are bounded in size or strength and judged by how many held-out images they send to the label, where
+          Neural Cleanse asks for nearly all of the images that it searches on and judges by the size.
     """
 
     name: ClassVar[str] = "triggers"
@@ -175,7 +189,7 @@ class _Look:
 
     def stronger(self) -> None:
         """Make perturbations stronger that send hardly any images to half of the labels."""
-        with whole("search stronger ones", total=DOUBLINGS) as advance:
+        with whole("search stronger ones", total=AtMost(DOUBLINGS)) as advance:
             for _ in range(DOUBLINGS):
                 if statistics.median(self.faint.values()) >= FAINTEST_SHARE:
                     break
@@ -201,7 +215,7 @@ class _Look:
         Where no label stands out then, what was found before stays.
         """
         before = self.norm, dict(self.faint), self.perturbations
-        with whole("search fainter ones", total=HALVINGS) as advance:
+        with whole("search fainter ones", total=AtMost(HALVINGS)) as advance:
             for _ in range(HALVINGS):
                 if not self._is_crowded():
                     break

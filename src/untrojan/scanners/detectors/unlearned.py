@@ -61,7 +61,7 @@ class Unlearned(Unlearning, Detector):
     floor: float = Field(default=0.5, gt=0, lt=1)
 
     def _score(self, model: nn.Module, clean: CleanSet, suspects: Suspects, diagnosis: Diagnosis, seed: int) -> Tensor:
-        unlearned = self.unlearn(model, clean, seed, "plain", self.name).model
+        unlearned = self.unlearn(model, clean, seed, "plain").model
 
         def score(images: Tensor, labels: Tensor) -> Tensor:
             after = _log_odds(unlearned(images), labels)
