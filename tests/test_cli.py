@@ -278,7 +278,7 @@ BAD_INPUT = {
     "images RGB for a grey net": (
         lambda at, site: {"clean": npz(at / "c.npz", GREY.repeat(3, 1), EACH)},
         3,
-        ["cannot take images of 3x8x8"],
+        ["cannot take images of 3x8x8", "expected 1 channels, got 3"],
     ),
     "images RGBA": (
         lambda at, site: {"clean": image_folder(at / "c", [2] * 10, "RGBA")},
@@ -334,7 +334,7 @@ BAD_INPUT = {
     "both kinds of samples": (
         lambda at, site: {"options": ("--samples", "20", "--samples-per-class", "2")},
         4,
-        ["samples or samples_per_class, got both"],
+        ["samples or of samples per class, got both"],
     ),
     "mean without std": (lambda at, site: {"options": ("--mean", "0.5")}, 4, ["both mean and std"]),
     "mean no number": (lambda at, site: {"options": ("--mean", "a,b")}, 4, ["separated by commas", "'a,b'"]),
