@@ -160,12 +160,12 @@ def test_parse_keeps_commas_and_equals_signs_in_values(tmp_path):
         ("badnets:pattern=dot", "input should be 'square' or 'grid', got 'dot'"),
         (
             "badnets:sizes=4",
-            "its fields are pattern='square', size=3, row=None, col=None, value=1.0",
+            "it takes pattern=square, size=3, row, col, value=1.0",
         ),
         ("badnets:size", "'size' is no key=value"),
         ("badnets:size=3,size=4", "'size=4' is given twice"),
         ("badnets:pattern=grid,size=4", "expected size 3 with the grid, got 4"),
-        ("additive", "`image` must be given; its fields are image"),
+        ("additive", "`image` must be given; it takes image"),
         ("additive:image=/no/such.png", "`image`: path does not point to a file, got '/no/such.png'"),
     ],
 )
