@@ -382,7 +382,10 @@ def test_bad_input_gets_a_clear_error_and_loses_nothing(case, command, site, tal
         (["restore", "folder"], "Missing option '--out'"),
         (["restore", "folder", "--out"], "Option '--out' requires an argument; see `untrojan restore --help`"),
         (["methods", "--yaml"], "No such option"),
-        (["repair", "--method", "clp", "--rounds", "3"], "clp has no option --rounds; see `untrojan repair --method clp "),
+        (
+            ["repair", "--method", "clp", "--rounds", "3"],
+            "clp has no option --rounds; see `untrojan repair --method clp ",
+        ),
         (["scan", "--sampels", "3"], "triggers has no option --sampels. Did you mean '--samples'?"),
         (["--verbose"], "No such option"),
     ],

@@ -106,7 +106,7 @@ class WithMethodOptions(click.Command):
         return super().get_params(ctx) + self._own(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options of the method under a heading of their own, then where it deviates from what was published."""
+        """Write the options of the method under a heading of their own, then its deviations."""
         own = self._own(ctx)
         shared = self.get_params(ctx)[: -len(own) or None]
         for heading, options in (("Options", shared), (f"Options of {ctx.meta['method'].name}", own)):
