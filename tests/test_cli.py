@@ -920,6 +920,7 @@ def test_help_lists_every_option_of_the_method_with_its_default_and_the_deviatio
     for field in fields(cls):
         option = own.partition(f"--{field.name.replace('_', '-')} ")[2].partition(" --")[0]
         assert (f"[default: {field.default}]" in option) == (field.default is not None)
+        assert "None" not in option
         assert squashed(field.help.replace("`", "")) in squashed(option)
 
 

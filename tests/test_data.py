@@ -192,8 +192,11 @@ class TestConstructor:
         ],
     )
     def test_refuses_labels(self, labels, message):
-        with pytest.raises(DataError, match=message):
-            CleanSet(torch.zeros(2, 3, 4, 4), labels)
+        images = torch.zeros(2, 3, 4, 4)
+        with pytest.raises(DataError, match=f"^expected .*{message}"):
+            CleanSet(images, labels)
+        with pytest.raises(DataError, match=f"^here: expected .*{message}"):
+            CleanSet(images, labels, path="here")
 
     def test_class_names_count_as_classes(self):
         clean = CleanSet(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]), ("a", "b", "c"))

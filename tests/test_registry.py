@@ -155,6 +155,7 @@ def test_parse_keeps_commas_and_equals_signs_in_values(tmp_path):
         ("badnets:name=x", "`name` is not a field"),
         ("badnets:size=four", "`size`: input should be a valid integer"),
         ("badnets:size=four", "got 'four'"),
+        ("badnets:size=" + "x" * 300, "got '" + "x" * 199 + "…"),
         ("badnets:size=0", "`size`: input should be greater than or equal to 1, got '0'"),
         ("badnets:value=2", "`value`: input should be less than or equal to 1, got '2'"),
         ("badnets:pattern=dot", "input should be 'square' or 'grid', got 'dot'"),
