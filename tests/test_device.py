@@ -68,7 +68,7 @@ class TestChosen:
 
     @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta"])
     def test_what_torch_cannot_use_is_refused(self, name):
-        with pytest.raises(ConfigError, match=f"expected auto or one of cpu.* as device, got '{name}'$"):
+        with pytest.raises(ConfigError, match=f"expected one of auto, cpu.* as device, got '{name}'$"):
             chosen(name)
 
     def test_capitals_do(self):

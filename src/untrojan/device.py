@@ -44,9 +44,9 @@ def chosen(name: str = AUTO) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # a torch that was built without CUDA asserts
         accelerator = torch.accelerator
-        there = ["cpu", *(f"{accelerator.current_accelerator()}:{i}" for i in range(accelerator.device_count()))]
+        there = [AUTO, "cpu", *(f"{accelerator.current_accelerator()}:{i}" for i in range(accelerator.device_count()))]
         why = f": {cause(error)}" if any(each.startswith(name.lower()) for each in there) else ""
-        raise ConfigError(f"expected {AUTO} or one of {', '.join(there)} as device, got {name!r}{why}") from error
+        raise ConfigError(f"expected one of {', '.join(there)} as device, got {name!r}{why}") from error
     return device
 
 
