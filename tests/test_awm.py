@@ -233,7 +233,7 @@ def test_masking_takes_the_backdoor():
 
 
 def test_released_takes_no_step_without_a_full_batch():
-    with pytest.raises(ConfigError, match="no step with fewer images than a batch: expected a batch_size of at most 7"):
+    with pytest.raises(ConfigError, match="no step with fewer images than a batch: expected a batch size of at most 7"):
         tuned(awm(variant="released"), build("batchnorm"), make_clean(7))
     net = build("batchnorm")
     assert not torch.equal(tuned(awm(), net, make_clean(7))[0].weight, net[0].weight)

@@ -279,7 +279,7 @@ BAD_INPUT = {
     "images RGB for a grey net": (
         lambda at, site: {"clean": npz(at / "c.npz", GREY.repeat(3, 1), EACH)},
         3,
-        ["cannot take images of 3x8x8"],
+        ["cannot take images of 3x8x8", "expected 1 channels, got 3"],
     ),
     "images RGBA": (
         lambda at, site: {"clean": image_folder(at / "c", [2] * 10, "RGBA")},
@@ -317,10 +317,16 @@ BAD_INPUT = {
     "net argument unknown": (lambda at, site: {"net": f"{NET}:width=2"}, 4, ["width", "classes: int = 10"]),
     "net not importable": (lambda at, site: {"net": "no_such_module:make"}, 4, ["no_such_module", "importable"]),
     "method unknown": (lambda at, site: {"options": ("--method", "rpn")}, 4, ["'rpn'", "rnp"]),
-    "method empty": (lambda at, site: {"options": ("--method=",)}, 4, ["''", "rnp"]),
+    "method empty": (lambda at, site: {"options": ("--method=",)}, 4, ["value behind --method=", "empty"]),
+    "images empty": (lambda at, site: {"clean": ""}, 4, ["value behind --clean", "empty"]),
+    "out empty": (lambda at, site: {"out": ""}, 4, ["value behind --out", "empty"]),
     "method without name": (lambda at, site: {"options": ("--method",)}, 4, ["--method", "requires an argument"]),
     "last method counts": (lambda at, site: {"options": ("--method", "rnp", "--method=x")}, 4, ["'x'"]),
-    "option of wrong type": (lambda at, site: {"options": ("--budget", "much")}, 4, ["budget", "number", "'much'"]),
+    "option of wrong type": (
+        lambda at, site: {"options": ("--method", "rnp", "--unlearn-lr", "much")},
+        4,
+        ["`--unlearn-lr`: ", "number", "'much'", "it takes --budget=0.02, --variant=fixed"],
+    ),
     "option out of range": (lambda at, site: {"options": ("--budget", "2")}, 4, ["budget", "less than 1", "'2'"]),
     "options that clash": (
         lambda at, site: {"options": ("--method", "rnp", "--variant", "released")},
@@ -335,7 +341,7 @@ BAD_INPUT = {
     "both kinds of samples": (
         lambda at, site: {"options": ("--samples", "20", "--samples-per-class", "2")},
         4,
-        ["samples or samples_per_class, got both"],
+        ["samples or of samples per class, got both"],
     ),
     "mean without std": (lambda at, site: {"options": ("--mean", "0.5")}, 4, ["both mean and std"]),
     "mean no number": (lambda at, site: {"options": ("--mean", "a,b")}, 4, ["separated by commas", "'a,b'"]),
@@ -377,6 +383,11 @@ def test_bad_input_gets_a_clear_error_and_loses_nothing(case, command, site, tal
         (["restore", "folder"], "Missing option '--out'"),
         (["restore", "folder", "--out"], "Option '--out' requires an argument; see `untrojan restore --help`"),
         (["methods", "--yaml"], "No such option"),
+        (
+            ["repair", "--method", "clp", "--rounds", "3"],
+            "clp has no option --rounds; see `untrojan repair --method clp ",
+        ),
+        (["scan", "--sampels", "3"], "triggers has no option --sampels. Did you mean '--samples'?"),
         (["--verbose"], "No such option"),
     ],
 )
@@ -843,10 +854,6 @@ def test_evaluate_speaks_json(measured, site):
         (("--attack", "badnets", "--target", "zero"), 4, "all-to-all as target, got 'zero'"),
         (("--attack", "badnets", "--target", "10"), 4, "10"),
         (("--before", "x"), 4, "--attack and --target with it"),
-        (("--before", ""), 4, "--attack and --target with it"),
-        ((*ATTACK, "--before", ""), 3, "cannot read"),
-        (("--attack", ""), 4, "no attack is named ''"),
-        (("--attack", "", "--target", "0"), 4, "no attack is named ''"),
         (("--attack", "badnets:size=9", "--target", "0"), 3, "inside of the 8x8 image"),
         ((*ATTACK, "--before", "missing.pt"), 3, "cannot read missing.pt"),
     ],
@@ -917,15 +924,18 @@ def squashed(text):
 
 
 @pytest.mark.parametrize("method", discover("untrojan.defenses", Defense))
-def test_help_lists_every_option_of_the_method_with_its_default(talk, method):
+def test_help_lists_every_option_of_the_method_with_its_default_and_the_deviations(talk, method):
     code, out, err = talk(["repair", "--method", method, "--help"])
     assert (code, err) == (0, "")
     shared, own = out.split(f"Options of {method}:")
-    own = " ".join(own.split())
+    own, deviations = " ".join(own.split()).split("Deviations: ")
     assert "--clean DATA" in shared
-    for field in fields(discover("untrojan.defenses", Defense)[method]):
+    cls = discover("untrojan.defenses", Defense)[method]
+    assert squashed(documentation(cls).line("Deviations")) == squashed(deviations)
+    for field in fields(cls):
         option = own.partition(f"--{field.name.replace('_', '-')} ")[2].partition(" --")[0]
-        assert f"[default: {field.default}]" in option
+        assert (f"[default: {field.default}]" in option) == (field.default is not None)
+        assert "None" not in option
         assert squashed(field.help.replace("`", "")) in squashed(option)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -191,8 +192,11 @@ class TestConstructor:
         ],
     )
     def test_refuses_labels(self, labels, message):
-        with pytest.raises(DataError, match=message):
-            CleanSet(torch.zeros(2, 3, 4, 4), labels)
+        images = torch.zeros(2, 3, 4, 4)
+        with pytest.raises(DataError, match=f"^expected .*{message}"):
+            CleanSet(images, labels)
+        with pytest.raises(DataError, match=f"^here: expected .*{message}"):
+            CleanSet(images, labels, path="here")
 
     def test_class_names_count_as_classes(self):
         clean = CleanSet(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]), ("a", "b", "c"))
@@ -403,8 +407,11 @@ class TestSubset:
             CleanSet.of(clean, samples=42)
         with pytest.raises(DataError, match="87 samples were asked for, there are 86 images"):
             CleanSet.of(clean, samples=87)
+        few = labeled([0, 0, 1])
         with pytest.raises(DataError, match="class 1 has 1"):
-            CleanSet.of(labeled([0, 0, 1]), samples_per_class=2)
+            CleanSet.of(few, samples_per_class=2)
+        with pytest.raises(DataError, match=r"class 1 \(bee\) has 1"):
+            CleanSet.of(CleanSet(few.images, few.labels, tuple(NAMES)), samples_per_class=2)
 
     @pytest.mark.parametrize(
         "wanted", [{"samples": 0}, {"samples_per_class": -1}, {"samples": 3, "samples_per_class": 1}]
@@ -435,14 +442,24 @@ class TestEverySource:
         assert CleanSet.load(str(source), samples=7, seed=3).sha256 == expected.sha256
         assert CleanSet.load(source, samples_per_class=1).counts == [1, 1, 1]
 
+    @pytest.mark.parametrize("source", KINDS, indirect=True)
+    def test_too_few_images_are_told_with_the_path(self, source):
+        with pytest.raises(DataError, match=f"^{re.escape(str(source))}: 13 samples were asked for"):
+            CleanSet.load(source, samples=13)
+
     @pytest.mark.parametrize("source", ["parquet", "saved", "saved splits", "folder"], indirect=True)
     def test_knows_class_names(self, source):
         assert CleanSet.load(source).class_names == tuple(NAMES)
 
-    def test_nothing_there(self, tmp_path):
-        for missing in (tmp_path / "none", "none.parquet", "none.npz", "../none", "a/b/c"):
-            with pytest.raises(DataError, match="no such file or folder"):
-                CleanSet.load(missing)
+    @pytest.mark.parametrize(
+        "missing", ["none", "none/", "none.npz", "./none", "../none", "/none", "a/b/c", "a/none.tar.gz", "here/none"]
+    )
+    def test_nothing_there(self, tmp_path, monkeypatch, missing):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+        Path("here").mkdir()
+        with pytest.raises(DataError, match=rf"no such file or folder: {re.escape(missing)}; a Hub id would be owner/"):
+            CleanSet.load(missing)
 
     def test_unknown_kind(self, tmp_path):
         (tmp_path / "images.pt").write_bytes(pickle.dumps([1]))
@@ -518,7 +535,7 @@ class TestParquet:
     )
     def test_refuses_labels(self, tmp_path, labels, message):
         path = write_parquet(tmp_path / "a.parquet", self.cells()[0], labels)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{message}"):
             CleanSet.load(path)
 
     def test_no_rows(self, tmp_path):
@@ -657,6 +674,12 @@ class TestNpz:
         )
         assert torch.equal(CleanSet.load(tmp_path / "a.npz").images, images)
 
+    def test_gray_images_need_no_axis_of_channels(self, tmp_path):
+        images, labels = made(channels=1)
+        np.savez(tmp_path / "a.npz", x=images[:, 0], y=labels)
+        assert torch.equal(CleanSet.load(tmp_path / "a.npz").images, images)
+        assert torch.equal(CleanSet.of((images[:, 0].numpy(), labels)).images, images)
+
     def test_floats_in_foreign_byte_order(self, tmp_path):
         images, labels = made()
         np.savez(tmp_path / "a.npz", x=(images.numpy() / 255).astype(">f8"), y=labels.numpy().astype(">u2"))
@@ -688,14 +711,14 @@ class TestNpz:
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros(2, int)}, "got 3 images, 2 labels"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.zeros((3, 1), int)}, r"got shape \(3, 1\)"),
             ({"x": np.zeros((3, 4, 4, 3), np.uint8), "y": np.array(["a"] * 3)}, "array of numbers"),
-            ({"x": np.zeros((3, 4, 4)), "y": np.zeros(3, int)}, r"\(N, H, W, C\), got \(3, 4, 4\)"),
-            ({"x": np.float32(1), "y": np.zeros(3, int)}, r"\(N, H, W, C\), got \(\)"),
+            ({"x": np.zeros((3, 16)), "y": np.zeros(3, int)}, r"\(N, H, W\), got \(3, 16\)"),
+            ({"x": np.float32(1), "y": np.zeros(3, int)}, r"\(N, H, W\), got \(\)"),
             ({"x": np.full((3, 4, 4, 3), -2.0), "y": np.zeros(3, int)}, "Normalize"),
         ],
     )
     def test_refuses(self, tmp_path, arrays, message):
         np.savez(tmp_path / "a.npz", **arrays)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}/a\.npz: .*{message}"):
             CleanSet.load(tmp_path / "a.npz")
 
 
@@ -742,8 +765,8 @@ class TestSavedAndHub:
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        with pytest.raises(DataError, match=r"no such file or folder: cifar10; and .* could not be reached") as caught:
-            CleanSet.load("cifar10")
+        with pytest.raises(DataError, match=r"no such file or folder: owner/name; and .* be reached") as caught:
+            CleanSet.load("owner/name")
         assert "\n" not in str(caught.value)
 
 

@@ -218,9 +218,9 @@ def test_targets_that_do_not_exist_are_refused(target):
 
 
 def test_attack_and_target_come_together():
-    with pytest.raises(ConfigError, match="together"):
+    with pytest.raises(ConfigError, match="attack and target together, got only one of them"):
         evaluate(make_model(), make_set(), attack=ATTACK)
-    with pytest.raises(ConfigError, match="together"):
+    with pytest.raises(ConfigError, match="attack and target together, got only one of them"):
         evaluate(make_model(), make_set(), target=0)
 
 

@@ -77,10 +77,11 @@ def test_cells_are_all_combinations_with_the_first_seed_first(cells):
     ("text", "said"),
     [
         ("defenses = [", "expected TOML"),
-        ('defenses = ["clp"]', "`models`: field required"),
-        ('defenses = ["clp"]\nsamples = 3\n[models.a]', "`samples`: unexpected keyword argument"),
-        ('defenses = ["clp"]\n[models.a]\nfile = "a"', "`models.a.net`: field required"),
+        ('defenses = ["clp"]', "`models` must be given"),
+        ('defenses = ["clp"]\nsamples = 3\n[models.a]', "`samples` is not a field"),
+        ('defenses = ["clp"]\n[models.a]\nfile = "a"', "`models.a.net` must be given"),
         ('defenses = []\n[models.a]\nfile = "a"', "`defenses`: list should have at least 1 item"),
+        ('defenses = ["clp"]\n[models.a]\nfile = 3', "`models.a.file`: input should be a valid string, got 3; "),
     ],
 )
 def test_a_grid_that_is_none_is_told_so(tmp_path, text, said):

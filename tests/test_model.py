@@ -1,6 +1,7 @@
 import contextlib
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ BAD = {
         lambda: build("plain"),
         make_clean(shape=(1, 8, 8)),
         ModelError,
-        "cannot take images of 1x8x8 .*: .*3 ch",
+        "cannot take images of 1x8x8 .*: expected 3 channels, got 1; convert the images$",
     ),
     "label": (
         linear,
@@ -79,6 +80,18 @@ BAD = {
         "up to 7, .*4 classes, 0 to 3; labels count from 0$",
     ),
     "class": (linear, make_clean(classes=2), DataError, "no image of class 2, 3: expected at least one .* 4 classes"),
+    "named class": (
+        linear,
+        replace(make_clean(classes=2), class_names=("ant", "bee", "cat", "dog")),
+        DataError,
+        r"no image of class 2 \(cat\), 3 \(dog\): .* 4 classes of the model$",
+    ),
+    "class that no folder is of": (
+        linear,
+        replace(make_clean(classes=3), class_names=("ant", "bee", "dog")),
+        DataError,
+        "no image of class 3: .*; the classes of the images are ant, bee, dog$",
+    ),
     "many classes": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 99)),
         make_clean(),

@@ -199,8 +199,8 @@ class TestTook:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target": None}, ConfigError, "attack and target together"),
-        ({"attack": None, "rate": None}, ConfigError, "attack and target together"),
+        ({"target": None}, ConfigError, "attack and target together, got only one of them"),
+        ({"attack": None, "rate": None}, ConfigError, "attack and target together, got only one of them"),
         ({"attack": None, "target": None}, ConfigError, "rate 0.3 alone"),
         ({"target": 2}, ConfigError, "class from 0 to 1"),
         ({"seed": -1}, ConfigError, "seed of at least 0"),

@@ -91,7 +91,7 @@ def test_it_lists_data_by_net_by_attack_by_seed_with_clean_models(folder):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("seeds", "seed", "`seed`: unexpected keyword argument"),
+        ("seeds", "seed", "`seed` is not a field"),
         ("[0, 1]", "[-1]", "`seeds.0`: input should be greater than or equal to 0"),
         ("epochs = 2", "epochs = 0", "`data.digits.recipe.epochs`"),
         ("rate = 0.5", "rate = 2", "`attacks.lira.rate`"),

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from untrojan.augmentation import Augment
-from untrojan.errors import ConfigError, DataError, utf8
+from untrojan.errors import ConfigError, DataError, labelled, utf8
 from untrojan.loaders import Numbers, items, known_labels, parts
-from untrojan.readers import check_alike, checked_labels, open_rows
+from untrojan.readers import check_alike, checked_labels, naming, open_rows
 
 _ROUNDING = 1e-6
 _GRID_ROUNDING = 1e-4
@@ -53,9 +53,10 @@ class CleanSet:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        images, labels = _checked_images(self.images), checked_labels(self.labels, self.images.device)
-        if len(labels) != len(images):
-            raise DataError(f"expected one label per image, got {len(images)} images, {len(labels)} labels")
+        with naming(self.path):
+            images, labels = _checked_images(self.images), checked_labels(self.labels, self.images.device)
+            if len(labels) != len(images):
+                raise DataError(f"expected one label per image, got {len(images)} images, {len(labels)} labels")
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
         if self.class_names is not None:
@@ -76,8 +77,8 @@ class CleanSet:
 
         A source is a Hugging Face parquet file, a folder of parquet shards, a saved `datasets` directory, a
         folder with one subfolder of images per class, an npz file with `images` and `labels` (or `x` and
-        `y`, or `image` and `label`), or a Hub id when there is no such path. Where a source has several splits,
-        `train` is read. In an image folder classes are numbered in the order of their names, which is that of
+        `y`, or `image` and `label`), or a Hub id `owner/name` when there is no such path. Where a source has several
+        splits, `train` is read. In an image folder classes are numbered in the order of their names, which is that of
         numbers where all names are; hidden files and files without an image suffix are ignored.
 
         Args:
@@ -101,11 +102,11 @@ class CleanSet:
         """
         subset = _Subset(samples, samples_per_class, seed)
         rows = open_rows(source)
-        labels = checked_labels(rows.labels)
-        if len(labels) == 0:
+        if len(rows.labels) == 0:
             raise DataError(f"{source} holds no images")
-        chosen = subset.choose(labels)
-        return CleanSet(rows.images(chosen), labels[torch.from_numpy(chosen)], rows.class_names, str(source))
+        with naming(source):
+            chosen = subset.choose(rows.labels, rows.class_names)
+        return CleanSet(rows.images(chosen), rows.labels[torch.from_numpy(chosen)], rows.class_names, str(source))
 
     @classmethod
     def of(
@@ -120,10 +121,10 @@ class CleanSet:
 
         Args:
             data: A clean set; a pair of images (N, C, H, W) and labels (N,), where arrays may also be
-                (N, H, W, C); a data set of (image, label), where an image is a tensor (C, H, W), a Pillow
-                image or an array (H, W, C) or (H, W); or a loader of batches (images, labels). The `targets`
-                or `labels` of a data set serve to draw a subset before any image is read; the labels kept
-                are those that come with the images.
+                (N, H, W, C), or (N, H, W) where gray; a data set of (image, label), where an image is a
+                tensor (C, H, W), a Pillow image or an array (H, W, C) or (H, W); or a loader of batches
+                (images, labels). The `targets` or `labels` of a data set serve to draw a subset before any image
+                is read; the labels kept are those that come with the images.
             samples: As in :meth:`load`.
             samples_per_class: As in :meth:`load`.
             seed: As in :meth:`load`.
@@ -354,16 +355,16 @@ class _Subset:
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples_per_class is not None:
-            raise ConfigError("expected samples or samples_per_class, got both")
+            raise ConfigError("expected a number of samples or of samples per class, got both")
         for name, value in (("samples", self.samples), ("samples_per_class", self.samples_per_class)):
             if value is not None and value < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {value}")
 
     def draw(self, clean: CleanSet) -> CleanSet:
-        chosen = self.choose(clean.labels)
+        chosen = self.choose(clean.labels, clean.class_names)
         return clean if len(chosen) == len(clean) else clean.take(chosen)
 
-    def choose(self, labels: Tensor) -> np.ndarray:
+    def choose(self, labels: Tensor, class_names: Sequence[str] | None = None) -> np.ndarray:
         rank, turn = _ranks(labels, np.random.default_rng(self.seed))
         if self.samples_per_class is not None:
             present, counts = labels.unique(return_counts=True)
@@ -371,7 +372,7 @@ class _Subset:
                 short = int(counts.argmin())
                 raise DataError(
                     f"{self.samples_per_class} samples per class were asked for, "
-                    f"class {present[short]} has {counts[short]}"
+                    f"class {labelled(int(present[short]), class_names)} has {counts[short]}"
                 )
             return np.flatnonzero(rank < self.samples_per_class)
         if self.samples is None:

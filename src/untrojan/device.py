@@ -27,7 +27,8 @@ def chosen(name: str = AUTO) -> torch.device:
     """Give the device of that name.
 
     Args:
-        name: As torch names them, such as `cpu` or `cuda:1`; `auto` is `cuda` where torch can use one, else `cpu`.
+        name: As torch names them, such as `cpu` or `cuda:1`, also in capitals; `auto` is `cuda` where torch can use
+            one, else `cpu`.
 
     Raises:
         ConfigError: There is no such device, or torch cannot use it.
@@ -36,14 +37,16 @@ def chosen(name: str = AUTO) -> torch.device:
         >>> chosen("cpu")
         device(type='cpu')
     """
-    if name == AUTO:
+    if name.lower() == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name.lower())
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # a torch that was built without CUDA asserts
-        text = f"expected a device that torch can use, such as cpu or cuda, got {name!r}: {cause(error)}"
-        raise ConfigError(text) from error
+        accelerator = torch.accelerator
+        there = [AUTO, "cpu", *(f"{accelerator.current_accelerator()}:{i}" for i in range(accelerator.device_count()))]
+        why = f": {cause(error)}" if any(each.startswith(name.lower()) for each in there) else ""
+        raise ConfigError(f"expected one of {', '.join(there)} as device, got {name!r}{why}") from error
     return device
 
 

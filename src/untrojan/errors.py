@@ -13,10 +13,10 @@
     ├── NoEffectWarning    a method changed nothing
     └── UnreliableWarning  the result stands on too little
 
-`cause`, `plain`, `visible` and `enumerated` put what came from elsewhere into their texts.
+`cause`, `plain`, `visible`, `labelled` and `enumerated` put what came from elsewhere into their texts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LISTED = 20
 
@@ -90,6 +90,17 @@ def visible(text: str) -> str:
         b
     """
     return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
+
+def labelled(label: int, class_names: Sequence[str] | None) -> str:
+    """A label as a person reads it: its number, and its class name where there is one.
+
+    Example:
+        >>> labelled(1, ["cat", "dog"]), labelled(2, ["cat", "dog"])
+        ('1 (dog)', '2')
+    """
+    names = class_names or ()
+    return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
 
 
 def utf8(text: str) -> str:

@@ -6,6 +6,7 @@ Normalization lives inside the model (:class:`Normalize`). :func:`check` says ev
 import contextlib
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, halving
-from untrojan.errors import DataError, ModelError, UnreliableWarning, UntrojanError, cause
+from untrojan.errors import DataError, ModelError, UnreliableWarning, UntrojanError, cause, enumerated, labelled
 from untrojan.fit import size_without_single
 from untrojan.record import Rate
 
@@ -287,8 +288,10 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
         with evaluating(model), torch.no_grad():
             out = model(few.clone())
     except Exception as error:
-        size = "x".join(map(str, clean.shape))
-        text = f"the model cannot take images of {size} (channels x height x width): {cause(error)}"
+        size, channels = "x".join(map(str, clean.shape)), clean.shape[0]
+        wanted = re.search(rf"to have (\d+) channels, but got {channels} channels", str(error))  # as torch says it
+        why = f"expected {wanted[1]} channels, got {channels}; convert the images" if wanted else cause(error)
+        text = f"the model cannot take images of {size} (channels x height x width): {why}"
         return [*problems, Problem(ModelError, text)]
     problems += _check_output(out, len(few), clean, weights_finite=not bad)
     return problems or (_check_gradient(model, few) if learns else [])
@@ -358,7 +361,10 @@ def _check_output(out: object, images: int, clean: CleanSet, weights_finite: boo
         return problems
     missing = (torch.bincount(clean.labels, minlength=classes) == 0).nonzero().flatten().tolist()
     if missing:
-        some = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        names = clean.class_names or ()
+        some = ", ".join(labelled(label, names) for label in missing[:10])
+        some += f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         wanted = f"expected at least one clean image of each of the {classes} classes of the model"
-        problems.append(Problem(DataError, f"no image of class {some}: {wanted}"))
+        known = f"; the classes of the images are {enumerated(names, ', ')}" if 0 < len(names) < classes else ""
+        problems.append(Problem(DataError, f"no image of class {some}: {wanted}{known}"))
     return problems

@@ -35,7 +35,7 @@ _NUMBERED = re.compile(r"[-_.]?\d+([-_]of[-_]\d+([-_.][0-9a-f]{8,})?)?$")
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _NPZ_PAIRS = (("images", "labels"), ("x", "y"), ("image", "label"))
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w([\w-]|\.\d)*")
 _ROWS_AT_A_TIME = 64
 _MAX_CLASSES = 1_000_000
 
@@ -45,7 +45,7 @@ class Rows:
     """Labels known up front, and a way to decode the images of chosen rows.
 
     Args:
-        labels: The label of every row, as they stand in the source, not yet checked.
+        labels: The label of every row, as :func:`checked_labels` gives them.
         images: Maps ascending row numbers (n,) to images (n, C, H, W).
         class_names: The name of each class, in label order, where the source tells.
 
@@ -64,7 +64,7 @@ def open_rows(source: str | os.PathLike[str]) -> Rows:
     """Open a parquet file or folder of shards, a saved data set, an image folder, an npz file or a Hub id.
 
     Args:
-        source: A path, or a Hub id such as `cifar10` or `owner/name` when there is no such path.
+        source: A path, or a Hub id `owner/name` when there is no such path; what ends like a file is none.
 
     Raises:
         DataError: The source does not exist, is of no known kind, or cannot be read.
@@ -73,7 +73,7 @@ def open_rows(source: str | os.PathLike[str]) -> Rows:
     Example:
         >>> open_rows("missing.npz")
         Traceback (most recent call last):
-        untrojan.errors.DataError: no such file or folder: missing.npz
+        untrojan.errors.DataError: no such file or folder: missing.npz; a Hub id would be owner/name
     """
     path = Path(source)
     with _reading(path):
@@ -165,12 +165,14 @@ def checked_labels(labels: Tensor, device: torch.device | str = "cpu") -> Tensor
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
-    """Turn (N, H, W, C) into (N, C, H, W) where only the last axis can be one or three channels.
+    """Turn (N, H, W, C) into (N, C, H, W) where only the last axis can be one or three channels, as (N, H, W) is gray.
 
     Example:
         >>> channels_first(np.zeros((5, 32, 32, 3))).shape
         (5, 3, 32, 32)
     """
+    if images.ndim == 3:
+        return images[:, None]
     if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
         return images.transpose(0, 3, 1, 2)
     return images
@@ -280,6 +282,24 @@ def _decode_cell(cell: Any, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Put where images or labels came from, unless it is `None`, in front of what is wrong with them.
+
+    Example:
+        >>> with naming("a.npz"):
+        ...     raise DataError("expected labels from 0")
+        Traceback (most recent call last):
+        untrojan.errors.DataError: a.npz: expected labels from 0
+    """
+    try:
+        yield
+    except DataError as error:
+        if source is None:
+            raise
+        raise DataError(f"{source}: {error}") from error
+
+
+@contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
@@ -345,23 +365,23 @@ def _open_npz(path: Path) -> Rows:
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is not an npz archive")
     try:
-        with _reading(path), np.load(path, allow_pickle=False) as archive:
+        with _reading(path), naming(path), np.load(path, allow_pickle=False) as archive:
             for images, labels in _NPZ_PAIRS:
                 if images in archive.files and labels in archive.files:
                     held = to_tensor(channels_first(archive[images]))
-                    known = to_tensor(archive[labels])
+                    known = checked_labels(to_tensor(archive[labels]))
                     break
             else:
                 pairs = ", or ".join(" and ".join(pair) for pair in _NPZ_PAIRS)
-                raise DataError(f"{path}: expected arrays {pairs}, got {', '.join(archive.files)}")
+                raise DataError(f"expected arrays {pairs}, got {', '.join(archive.files)}")
+            if held.ndim != 4:
+                raise DataError(f"expected images as (N, C, H, W), (N, H, W, C) or (N, H, W), got {tuple(held.shape)}")
+            if len(known) != len(held):
+                raise DataError(f"expected one label per image, got {len(held)} images, {len(known)} labels")
     except DataError as error:
         if "allow_pickle" in str(error):
             raise UnsafeFileError(f"{path} holds pickled objects; save plain arrays of numbers instead") from error
         raise
-    if held.ndim != 4:
-        raise DataError(f"{path}: expected images as (N, C, H, W) or (N, H, W, C), got {tuple(held.shape)}")
-    if known.ndim == 1 and len(known) != len(held):
-        raise DataError(f"{path}: expected one label per image, got {len(held)} images, {len(known)} labels")
     return Rows(known, lambda chosen: held[torch.from_numpy(chosen)])
 
 
@@ -423,9 +443,8 @@ def _open_saved(path: Path) -> Rows:
 
 
 def _require_hub_id(source: str) -> None:
-    in_a_folder = "/" in source and Path(source).parent.is_dir()
-    if in_a_folder or not _HUB_ID.fullmatch(source) or source.lower().endswith((".parquet", ".npz")):
-        raise DataError(f"no such file or folder: {source}")
+    if not _HUB_ID.fullmatch(source) or Path(source).parent.is_dir():
+        raise DataError(f"no such file or folder: {source}; a Hub id would be owner/name")
 
 
 def _open_hub(source: str) -> Rows:
@@ -491,6 +510,7 @@ def _image_and_label_columns(columns: Sequence[str], features: Mapping[str, Any]
 
 
 def _label_column(column: "pyarrow.ChunkedArray", where: str) -> Tensor:
-    if column.null_count:
-        raise DataError(f"{where}: {column.null_count} of {len(column)} rows have no label")
-    return to_tensor(column.to_numpy())
+    with naming(where):
+        if column.null_count:
+            raise DataError(f"{column.null_count} of {len(column)} rows have no label")
+        return checked_labels(to_tensor(column.to_numpy()))

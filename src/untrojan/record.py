@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from untrojan.errors import RecordError, plain
+from untrojan.errors import RecordError, labelled
 from untrojan.writing import RECORD, REPORT, SARIF, staged, write_atomic
 
 SCHEMA_VERSION = 1
@@ -366,8 +366,7 @@ class RunRecord(AnyRecord):
 
     def label(self, label: int) -> str:
         """A label as a person reads it: its number, and its class name where the record knows one."""
-        names = self.class_names
-        return f"{label} ({plain(names[label])})" if 0 <= label < len(names) else str(label)
+        return labelled(label, self.class_names)
 
 
 class Record(RunRecord):

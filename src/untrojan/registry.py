@@ -12,14 +12,14 @@ import pkgutil
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, plain
 from untrojan.writing import sha256
 
 T = TypeVar("T")
@@ -125,12 +125,13 @@ def parse(spec: str, package: str, base: type[T]) -> T:
     return make(classes[name], values)
 
 
-def make(cls: type[T], values: Mapping[str, Any]) -> T:
+def make(cls: type[T], values: Mapping[str, Any], said: Callable[[str], str] = str) -> T:
     """Build a method from field values; text is converted to the type of the field.
 
     Args:
         cls: The method's class.
         values: Field values by name.
+        said: How an error writes the name of a field.
 
     Returns:
         The method; fields left out have their defaults.
@@ -146,9 +147,9 @@ def make(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**values)
     except ValidationError as error:
-        problems = "; ".join(_problem(each["type"], each["loc"], each["msg"], each["input"]) for each in error.errors())
-        known = ", ".join(map(_signature, fields(cls))) or "none"
-        raise ConfigError(f"{getattr(cls, 'name', cls.__name__)}: {problems}; its fields are {known}") from error
+        problems = "; ".join(_problem(each, said) for each in error.errors())
+        known = ", ".join(_signature(field, said) for field in fields(cls)) or "nothing"
+        raise ConfigError(f"{getattr(cls, 'name', cls.__name__)}: {problems}; it takes {known}") from error
 
 
 def read_toml(cls: type[T], path: str | Path) -> T:
@@ -175,7 +176,7 @@ def read_toml(cls: type[T], path: str | Path) -> T:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(map(_in_file, error.errors()))}") from error
+        raise ConfigError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
     except ValueError as error:  # not TOML, or not text
         raise ConfigError(f"expected TOML in {path}: {error}") from error
 
@@ -334,24 +335,21 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _problem(kind: str, where: tuple[int | str, ...], message: str, came: object) -> str:
-    field = where[0] if where else "values"
+def _problem(error: Any, said: Callable[[str], str] = str) -> str:
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    field = said(".".join(map(str, error["loc"])))
     if kind == "unexpected_keyword_argument":
         return f"`{field}` is not a field"
     if kind == "missing":
         return f"`{field}` must be given"
-    if kind == "value_error" and not where:
-        return message.removeprefix("Value error, ")
-    return f"`{field}`: {message[0].lower()}{message[1:]}, got {came!r}"
+    if not error["loc"]:
+        return message
+    return f"`{field}`: {message[0].lower()}{message[1:]}, got {plain(repr(error['input']))}"
 
 
-def _in_file(error: Any) -> str:
-    where = ".".join(map(str, error["loc"]))
-    return f"`{where}`: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _signature(field: FieldInfo) -> str:
-    return field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+def _signature(field: FieldInfo, said: Callable[[str], str]) -> str:
+    default = "" if field.default in (dataclasses.MISSING, None) else f"={field.default}"
+    return f"{said(field.name)}{default}"
 
 
 def _documented(docstring: str) -> Iterator[tuple[str, str]]:

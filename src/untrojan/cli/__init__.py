@@ -6,6 +6,7 @@ that is not supported; 4 a wrong call; 130 interrupted. Results go to stdout, pr
 
 import contextlib
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -106,11 +107,13 @@ def main() -> None:
 
 
 def _invoke(arguments: list[str]) -> int:
-    for argument in arguments:
+    for before, argument in itertools.pairwise(("untrojan", *arguments)):
         try:
             argument.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"expected arguments in UTF-8, got {argument!r}; rename the file") from error
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            raise ConfigError(f"expected a value behind {argument or before}, got an empty one")
     with cli.make_context("untrojan", list(arguments), obj=arguments) as ctx:
         return cli.invoke(ctx) or 0
 
@@ -120,6 +123,8 @@ def _wrong_call(error: click.UsageError, arguments: Sequence[str]) -> int:
         error.show()
         return USAGE
     command = error.ctx.command_path if error.ctx else " ".join(["untrojan", *arguments[:1]])
+    if error.ctx and (method := error.ctx.meta.get("method")):
+        command += f" --method {method.name}"
     return _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", USAGE)
 
 

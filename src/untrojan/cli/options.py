@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
+from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +22,7 @@ from untrojan.device import AUTO, chosen
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
 from untrojan.record import RunRecord
-from untrojan.registry import FieldInfo, fields, make
+from untrojan.registry import FieldInfo, documentation, fields, make
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import require_file, require_free
@@ -90,20 +92,30 @@ class WithMethodOptions(click.Command):
         if name not in methods:
             raise ConfigError(f"no method is named {name!r}; expected one of {', '.join(methods)}")
         ctx.meta["method"] = methods[name]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            asked = error.option_name.lstrip("-")  # without the hyphens, in which any two options are alike
+            near = [each for each in error.possibilities or () if get_close_matches(asked, [each.lstrip("-")])]
+            raise click.NoSuchOption(
+                error.option_name, f"{name} has no option {error.option_name}.", near, ctx
+            ) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """List the options of the command and of the method."""
         return super().get_params(ctx) + self._own(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options of the method under a heading of their own."""
+        """Write the options of the method under a heading of their own, then its deviations."""
         own = self._own(ctx)
         shared = self.get_params(ctx)[: -len(own) or None]
         for heading, options in (("Options", shared), (f"Options of {ctx.meta['method'].name}", own)):
             if lines := [line for option in options if (line := option.get_help_record(ctx))]:
                 with formatter.section(heading):
                     formatter.write_dl(lines)
+        if deviations := documentation(ctx.meta["method"]).sections.get("Deviations"):
+            with formatter.section("Deviations"):
+                formatter.write_text(re.sub(r"\n +", " ", deviations).replace("\n*", "\n\n*"))
 
     def _own(self, ctx: click.Context) -> list[click.Parameter]:
         method = ctx.meta.get("method")
@@ -116,14 +128,18 @@ def options_of(config: type) -> list[click.Parameter]:
 
 
 def _option(field: FieldInfo) -> click.Option:
-    value = value_of(field)
-    default = "" if field.default is MISSING else f"  [default: {field.default}]"
+    value = value_of(field).removesuffix(" | None")
+    default = "" if field.default in (MISSING, None) else f"  [default: {field.default}]"
     return click.Option(
-        [f"--{field.name.replace('_', '-')}", field.name],
+        [_flag(field.name), field.name],
         required=field.default is MISSING,
         metavar=value if "|" in value else value.upper(),
         help=field.help.replace("`", "") + default,
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def in_order(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -295,7 +311,7 @@ def method_of(ctx: click.Context) -> Any:
 def made_of(config: type[T], params: Mapping[str, Any]) -> T:
     """Make what :func:`options_of` gave the options of; fields left out have their defaults."""
     given = {field.name: params[field.name] for field in fields(config)}
-    return make(config, {name: value for name, value in given.items() if value is not None})
+    return make(config, {name: value for name, value in given.items() if value is not None}, _flag)
 
 
 def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:

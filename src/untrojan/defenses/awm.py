@@ -186,7 +186,7 @@ class AWM(Tuning):
             return math.ceil(images / self.batch_size) * self.inner_rounds
         if images < self.batch_size:
             text = "the released code takes no step with fewer images than a batch"
-            raise ConfigError(f"{text}: expected a batch_size of at most {images}, got {self.batch_size}")
+            raise ConfigError(f"{text}: expected a batch size of at most {images}, got {self.batch_size}")
         return images // self.batch_size * self.inner_rounds
 
     def _with_copies(self, clean: CleanSet, generator: torch.Generator) -> CleanSet:

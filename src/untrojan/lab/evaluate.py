@@ -99,7 +99,7 @@ def evaluate(
         (0.5, 2)
     """
     if (attack is None) != (target is None):
-        raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
+        raise ConfigError("expected attack and target together, got only one of them")
     info = None if attack is None else MethodInfo(name=attack.name, fields=describe(attack))
     learned = attack.network(images_set.shape[0]).state_dict() if isinstance(attack, Learned) else None
     trigger = state_sha256(learned) if learned else None

@@ -140,7 +140,7 @@ class Grid:
             ...     _ = file.write_text('defenses = ["clp"]')
             ...     Grid.load(file)  # doctest: +ELLIPSIS
             Traceback (most recent call last):
-            untrojan.errors.ConfigError: .../grid.toml: `models`: field required
+            untrojan.errors.ConfigError: .../grid.toml: `models` must be given
         """
         return read_toml(cls, path)
 
@@ -192,7 +192,7 @@ class _Prepared(NamedTuple):
 
 def _cell(model: _Prepared, method: Defense, scanner: Scanner, setting: Setting, seed: int) -> Cell:
     if setting.samples is not None and setting.samples_per_class is not None:
-        raise ConfigError("settings: expected samples or samples_per_class, got both")
+        raise ConfigError("settings: expected a number of samples or of samples per class, got both")
     scanned = {
         "untrojan": __version__,
         **model.scanned,

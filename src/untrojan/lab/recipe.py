@@ -346,7 +346,7 @@ def _require_attack(
     classes: int,
 ) -> None:
     if (attack is None) != (target is None):
-        raise ConfigError(f"expected attack and target together, got {attack} and target {target}")
+        raise ConfigError("expected attack and target together, got only one of them")
     if attack is None or target is None:
         if rate is not None:
             raise ConfigError(f"expected an attack with a poisoning rate, got rate {rate} alone")

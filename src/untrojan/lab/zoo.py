@@ -115,7 +115,7 @@ class Zoo:
             ...     _ = file.write_text("seeds = [0, 1]")
             ...     Zoo.load(file)  # doctest: +ELLIPSIS
             Traceback (most recent call last):
-            untrojan.errors.ConfigError: .../zoo.toml: `data`: field required
+            untrojan.errors.ConfigError: .../zoo.toml: `data` must be given
         """
         return read_toml(cls, path)
 
