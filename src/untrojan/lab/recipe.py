@@ -180,12 +180,15 @@ def make_victim(
     Example:
         >>> import torch
         >>> from untrojan.lab.attacks.badnets import BadNets
-        >>> pixels = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 2
-        >>> data = CleanSet(pixels, torch.arange(80) % 2)
+        >>> images, labels = torch.zeros(80, 1, 4, 4), torch.arange(80) % 2
+        >>> images[:, :, 0] = labels.view(80, 1, 1)
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-        >>> victim = make_victim(net, data, attack=BadNets(size=2), target=1, rate=0.4, recipe=Recipe(epochs=20))
+        >>> recipe = Recipe(epochs=20, batch_size=8)
+        >>> victim = make_victim(
+        ...     net, CleanSet(images, labels), attack=BadNets(size=2), target=1, rate=0.2, recipe=recipe
+        ... )
         >>> victim.record.status, victim.record.poisoned, len(victim.record.epochs)
-        ('backdoored', 26, 20)
+        ('backdoored', 13, 20)
     """
     recipe = recipe or Recipe()
     with seeded(seed):
