@@ -344,6 +344,11 @@ BAD_INPUT = {
         ["samples or of samples per class, got both"],
     ),
     "mean without std": (lambda at, site: {"options": ("--mean", "0.5")}, 4, ["both mean and std"]),
+    "mean longer than std": (
+        lambda at, site: {"options": ("--mean", "0.5,0.5", "--std", "0.5")},
+        4,
+        ["as many finite deviations above 0 as finite means"],
+    ),
     "mean no number": (lambda at, site: {"options": ("--mean", "a,b")}, 4, ["separated by commas", "'a,b'"]),
     "out is a file": (lambda at, site: {"out": written(at / "f", b"mine")}, 4, ["is a file", "folder"]),
     "out is a pipe": (lambda at, site: {"out": piped(at / "p")}, 4, ["is a file", "folder"]),
@@ -417,7 +422,7 @@ def test_required_option_of_a_method_is_named(command, talk, stub):
 
 @pytest.mark.parametrize(
     ("end", "expected"),
-    [("repaired", 0), ("nothing_to_repair", 0), ("inconclusive", 2), ("failed", 2), ("interrupted", 130), ("bug", 2)],
+    [("repaired", 0), ("nothing_to_repair", 0), ("inconclusive", 2), ("failed", 2), ("interrupted", 130), ("bug", 5)],
 )
 def test_exit_code_follows_how_the_repair_ended(command, talk, stub, tmp_path, end, expected):
     code, out, err = talk(command("--method", "stub", "--end", end))
@@ -452,7 +457,7 @@ def test_full_disk_leaves_nothing_half_written(command, talk, stub, tmp_path, si
     before = holdings(tmp_path)
     with no_file_above(size):
         code, out, err = talk(arguments)
-    assert (code, out) == (2, "")
+    assert (code, out) == (5, "")
     assert "cannot finish: File too large" in err
     assert "Traceback" not in err
     assert holdings(tmp_path) == before
@@ -463,7 +468,7 @@ def test_full_disk_while_restoring_keeps_the_old_file(repaired, talk, tmp_path):
     old = written(tmp_path / "old.safetensors", b"old")
     with no_file_above(50_000):
         code, _, err = talk(["restore", repaired[0], "--out", old, "--force"])
-    assert code == 2
+    assert code == 5
     assert "cannot finish: File too large" in err
     assert holdings(tmp_path) == {old: b"old"}
 
@@ -524,6 +529,13 @@ def test_terminal_gets_bars_and_stdout_the_result(command, tmp_path):
     assert_cursor_is_back(shown)
 
 
+def test_a_call_without_stdout_is_told_before_it_begins():
+    done = subprocess.run(
+        [COMMAND, "methods"], preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (4, "untrojan: stdout is closed; expected a place for the result\n")
+
+
 @pytest.mark.parametrize(("where", "arguments"), [("closed pipe", ["--help"]), ("full disk", ["methods"])])
 def test_result_that_cannot_be_delivered_is_a_quiet_failure(where, arguments):
     if where == "full disk":
@@ -533,7 +545,7 @@ def test_result_that_cannot_be_delivered_is_a_quiet_failure(where, arguments):
         os.close(reader)
     done = subprocess.run([COMMAND, *arguments], stdout=out, stderr=subprocess.PIPE, text=True, check=False)
     os.close(out)
-    assert done.returncode == 2
+    assert done.returncode == 5
     assert done.stderr == "" if where == "closed pipe" else "No space left" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -691,14 +703,15 @@ def test_class_names_cannot_steer_the_terminal(command, talk, stub, tmp_path):
     ("name", "body", "expected", "fragment"),
     [
         ("cli_prints", "print('building'); return build('digits-cnn')", 0, "building"),
-        ("cli_exits", "raise SystemExit(0)", 2, "sys.exit"),
+        ("cli_exits", "raise SystemExit(0)", 4, "cli_exits:make ended the program with sys.exit"),
+        ("cli_exits_later", "net = build('digits-cnn'); net.forward = lambda _: sys.exit(); return net", 4, "sys.exit"),
         ("cli_breaks", "return 1 / 0", 4, "ZeroDivisionError"),
         ("cli_no_net", "return 3", 4, "torch.nn.Module, got int"),
     ],
 )
 def test_network_of_ones_own(command, talk, stub, tmp_path, monkeypatch, name, body, expected, fragment):
     monkeypatch.chdir(tmp_path)
-    Path(f"{name}.py").write_text(f"from untrojan.sources.nets import build\ndef make():\n    {body}\n")
+    Path(f"{name}.py").write_text(f"import sys\nfrom untrojan.sources.nets import build\ndef make():\n    {body}\n")
     code, out, err = talk(command("--method", "stub", "--end", "repaired", "--json", net=f"{name}:make"))
     assert code == expected
     assert fragment in err

@@ -102,7 +102,10 @@ def test_without_an_attack_there_is_accuracy_only():
     scores = evaluate(make_model(), make_set())
     assert scores.acc.total == 37
     left = {name for name, value in scores if value is None}
-    assert left == {"acc_without_target", "asr", "asr_all", "ra", "der", "attack", "attack_sha256", "target"}
+    assert left == {
+        *("acc_without_target", "asr", "asr_without_trigger", "asr_all", "ra", "der"),
+        *("attack", "attack_sha256", "target"),
+    }
 
 
 class Constant(nn.Module):
@@ -123,6 +126,7 @@ def test_a_model_of_one_answer():
     assert (scores.acc.count, scores.acc.total) == (2, 5)
     assert (scores.acc_without_target.count, scores.acc_without_target.total) == (0, 3)
     assert (scores.asr.count, scores.asr.total) == (3, 3)
+    assert scores.asr_without_trigger == scores.asr
     assert (scores.ra.count, scores.ra.total) == (0, 3)
 
 

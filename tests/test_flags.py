@@ -15,10 +15,11 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
 IMAGES = 2000
 
 
-def scores(acc=0.9, asr=0.95, ra=0.04, predicted=(600, 500, 500, 400), others=1500, target=1):
+def scores(acc=0.9, asr=0.95, ra=0.04, predicted=(600, 500, 500, 400), others=1500, target=1, plain=0.02):
     return Scores(
         acc=Rate.of(round(acc * IMAGES), IMAGES),
         asr=Rate.of(round(asr * others), others),
+        asr_without_trigger=Rate.of(round(plain * others), others),
         ra=Rate.of(round(ra * others), others),
         images=IMAGES,
         images_sha256="0",
@@ -64,19 +65,21 @@ def test_nothing_is_up_where_all_is_well():
 
 
 @pytest.mark.parametrize(
-    ("attack", "target", "acc", "asr", "missed"),
+    ("attack", "target", "acc", "asr", "plain", "missed"),
     [
-        (BadNets(), 1, 0.9, 0.9, False),
-        (BadNets(), 1, 0.9, 0.89, True),
-        (SIG(), 1, 0.9, 0.7, False),
-        (SIG(), 1, 0.9, 0.69, True),
-        (BadNets(), "all-to-all", 0.8, 0.73, False),
-        (BadNets(), "all-to-all", 0.8, 0.71, True),
+        (BadNets(), 1, 0.9, 0.9, 0.02, False),
+        (BadNets(), 1, 0.9, 0.89, 0.02, True),
+        (SIG(), 1, 0.9, 0.7, 0.02, False),
+        (SIG(), 1, 0.9, 0.69, 0.02, True),
+        (BadNets(), "all-to-all", 0.8, 0.73, 0.02, False),
+        (BadNets(), "all-to-all", 0.8, 0.71, 0.02, True),
+        (BadNets(), 1, 0.5, 1.0, 0.5, False),
+        (BadNets(), 1, 0.5, 1.0, 0.51, True),
     ],
 )
-def test_an_attack_must_have_taken(attack, target, acc, asr, missed):
+def test_an_attack_must_have_taken(attack, target, acc, asr, plain, missed):
     others = IMAGES if target == "all-to-all" else 1500
-    before = scores(acc=acc, asr=asr, others=others, target=target)
+    before = scores(acc=acc, asr=asr, others=others, target=target, plain=plain)
     made = outcome(before, scores(asr=0.0, others=others, target=target))
     assert ("attack-missed" in up(made, attack, target)) == missed
 

@@ -100,6 +100,13 @@ def test_a_missing_grid_is_told_so(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "error", "said"),
     [
+        ("target = 1", "target = 4", ConfigError, "models.one: expected .*class from 0 to 3, got 4"),
+        ("target = 1", "target = 1\nmean = [0.5]", ConfigError, "models.one: expected both mean and std or neither"),
+        ("target = 1", "target = 1\nmean = [0.5]\nstd = [0.0]", ConfigError, "models.one: expected as many finite"),
+        (NET, "digits-net", ConfigError, "models.one: unknown net 'digits-net'"),
+        (NET, "sys:exit", ConfigError, "models.one: sys:exit ended the program"),
+        (NET, "digits-cnn:classes=5", ModelError, "(?s)models.one: .*hint: the file has 4 classes"),
+        ("badnets:size=2", "badnets:size=9", DataError, "models.one: .*8x8 image"),
         ("target = 1", "", ConfigError, "models.one: expected attack and target together"),
         ("badnets:size=2", "", ConfigError, "no attack is named ''"),
         ("badnets:size=2", "nothing", ConfigError, "no attack is named 'nothing'"),
@@ -150,7 +157,7 @@ def test_the_key_knows_no_paths_and_no_names(moved, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (NET, "digits-cnn:classes=5"),
+        (NET, "untrojan.sources.architectures:DigitsCNN:classes=4"),
         ("target = 1", "target = 2"),
         ("badnets:size=2", "badnets:size=1"),
         ("target = 1", "target = 1\ntest_images = 30"),
@@ -438,12 +445,12 @@ def test_the_command_plans_runs_and_skips(moved, tmp_path, capsys):
     assert command([*call, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert f"one, {SPOILS[0]}, 20 images: seed 0; unknown" in told
-    assert "1 cells, 1 to run, and 1 scans" in told
+    assert "1 cell, 1 to run, and 1 scan that" in told
     assert not out.exists()
     assert command(call) == 0
-    assert "1 cells: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
+    assert "1 cell: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
     assert command(call) == 0
-    assert "1 cells: 0 done now, 1 were there, 0 failed\n" in capsys.readouterr().out
+    assert "1 cell: 0 done now, 1 were there, 0 failed\n" in capsys.readouterr().out
 
 
 def test_the_command_counts_cores_where_the_system_does_not_tell_which_are_ours(made, tmp_path, capsys, monkeypatch):
@@ -453,27 +460,28 @@ def test_the_command_counts_cores_where_the_system_does_not_tell_which_are_ours(
 
 
 def test_the_command_says_what_failed(moved, tmp_path, capsys):
-    moved.write_text(moved.read_text().replace(NET, "digits-cnn:classes=5"))
+    moved.write_text(moved.read_text().replace("samples = 20", "samples = 2000"))
     assert command(["bench", "run", str(moved), "--out", str(tmp_path / "out"), "--jobs", "1", "-q"]) == 2
     told = capsys.readouterr().out
-    (path,) = re.findall(r"failed: (.*)", told)
-    assert "hint: the file has 4 classes" in loaded(Path(path))["error"]
+    ((path, why),) = re.findall(r"failed: (.*?): .*DataError: (.*)", told)
+    assert "2000" in why
+    assert loaded(Path(path))["error"].endswith(f"{why}\n")
 
 
 def test_the_command_says_what_failed_earlier(moved, tmp_path, capsys, monkeypatch):
     path = cell_path(tmp_path / "out", only(moved).key)
     path.parent.mkdir(parents=True)
-    path.write_text(CellRecord.of(only(moved), error="Traceback: on purpose").to_json())
+    path.write_text(CellRecord.of(only(moved), error="Traceback:\n  a line\nError: on \x1bpurpose\n").to_json())
     monkeypatch.setattr(untrojan.cli.bench, "Processes", lambda _: Here(work=pretend))
     call = ["bench", "run", str(moved), "--out", str(tmp_path / "out"), "-q"]
-    for also, said in (([], "1 cells: 0 done now, 0 were there, 1 failed\n"), (["--dry-run"], "nothing to do\n")):
+    for also, said in (([], "1 cell: 0 done now, 0 were there, 1 failed\n"), (["--dry-run"], "nothing to do\n")):
         assert command([*call, *also]) == 2
         told = capsys.readouterr().out
         assert said in told
-        assert f"failed earlier: {path}; remove it to run the cell again\n" in told
+        assert f"failed earlier: {path}: Error: on \\x1bpurpose; remove it to run the cell again\n" in told
     path.unlink()
     assert command(call) == 0
-    assert "1 cells: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
+    assert "1 cell: 1 done now, 0 were there, 0 failed\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

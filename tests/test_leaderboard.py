@@ -360,6 +360,20 @@ def test_the_page_filters(browse):
     assert sound == ["alpha", "beta", "beta", "beta"]
 
 
+def test_one_is_said_so(browse):
+    assert "<span>1 cell ·" in render(ROWS[:1])
+    assert "<span>2 cells ·" in render(ROWS[:2])
+    assert browse(ROWS[:1], SEE + 'seen.push(find("#count").textContent);' + SHOW) == ["1 of 1 result"]
+
+
+def test_an_edge_that_hides_columns_is_shaded(browse):
+    """The two covers scroll with the table, and the shades under them stay where they are."""
+    steps = """
+    for (const table of document.querySelectorAll(".scroll")) seen.push(getComputedStyle(table).backgroundAttachment);
+    """
+    assert browse(ROWS, SEE + steps + SHOW) == ["local, local, scroll, scroll"] * 2
+
+
 def test_the_page_opens_a_cell(browse):
     steps = """
     const open = (name) => buttons().find((each) => each.textContent.startsWith(name)).click();

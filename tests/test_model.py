@@ -211,7 +211,7 @@ def test_normalize():
     assert list(net.state_dict()) == list(net.parameters()) == []
     nan, inf = float("nan"), float("inf")
     for mean, std in [(0.5, (0.5, 0.5)), (0.5, (0.0,)), (0.5, (-1.0,)), (0.5, (nan,)), (0.5, (inf,)), (nan, (0.5,))]:
-        with pytest.raises(ModelError, match="expected as many finite deviations above 0 as finite means"):
+        with pytest.raises(ConfigError, match="expected as many finite deviations above 0 as finite means"):
             Normalize((mean,), std)
 
 

@@ -1,9 +1,11 @@
-"""The README's Python example runs as it stands, and prints what the README says it prints."""
+"""What the README says is so: its Python example prints what stands there, and there are no other exit codes."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from untrojan.cli import EXIT_CODES, INTERRUPTED, UNFINISHED, UNSUPPORTED, USAGE
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,6 +20,12 @@ def demo(monkeypatch, tmp_path):
     folder = Path("demo")
     folder.mkdir()
     demo.attack(folder / "victim.safetensors", folder / "clean.npz", seed=0)
+
+
+def test_every_exit_code_is_listed():
+    listed = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    codes = {*EXIT_CODES.values(), UNSUPPORTED, USAGE, UNFINISHED, INTERRUPTED}
+    assert listed == [str(code) for code in sorted(codes)]
 
 
 @pytest.mark.slow

@@ -131,17 +131,17 @@ class TestRecord:
 
 
 class Fixed(nn.Module):
-    """Whatever it learns, it sends this share of the triggered images to label 1, and no other."""
+    """Whatever it learns, it sends this share of the triggered images to label 1, and of all others that share."""
 
-    def __init__(self, share):
+    def __init__(self, share, plain=0.0):
         super().__init__()
-        self.share = share
+        self.share, self.plain = share, plain
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, images):
         triggered = images[:, 0, 5, 5] == 1
         first = images[:, 0, 0, 0]
-        ones = triggered & (first < self.share)
+        ones = first < torch.where(triggered, self.share, self.plain)
         return torch.stack([~ones, ones], 1).float() + 0 * self.bias
 
 
@@ -183,6 +183,19 @@ class TestTook:
         record = make(Fixed(share), ordered(), judge, target="all-to-all", recipe=Recipe(epochs=1), rate=0).record
         assert (record.scores.acc.count, record.status) == (80, status)
         assert "an attack takes from 90% of the clean accuracy on" in record.reason
+
+    @pytest.mark.parametrize(("plain", "status"), [(0.485, "backdoored"), (0.495, "attack_did_not_take")])
+    def test_what_goes_to_the_label_without_the_trigger_too_is_no_attack(self, plain, status):
+        net = Fixed(0.975, plain)
+        record = make(net, ordered(), ordered(), recipe=Recipe(epochs=1), rate=0).record
+        assert (record.scores.asr.count, record.status) == (98, status)
+        assert ("ASR is 98.0%, but 50.0% without the trigger too" in record.reason) == (status != "backdoored")
+
+    @pytest.mark.parametrize("target", [1, "all-to-all"])
+    def test_one_answer_to_everything_is_no_attack(self, target):
+        net = Fixed(2.0, 2.0)
+        record = make(net, ordered(), ordered(), target=target, recipe=Recipe(epochs=1), rate=0).record
+        assert (record.scores.asr.value > 0.9, record.status) == (True, "attack_did_not_take")
 
     def test_a_model_whose_attack_did_not_take_is_kept(self, tmp_path):
         make(Fixed(0.0), ordered(), ordered(), recipe=Recipe(epochs=1)).save(tmp_path / "out")
@@ -337,7 +350,7 @@ class TestResume:
         file = tmp_path / "training.safetensors"
         make(checkpoint=file)
         before = file.read_bytes()
-        with pytest.raises(RecordError, match=f"another recipe .*{differs}"):
+        with pytest.raises(ConfigError, match=f"another recipe .*{differs}"):
             make(checkpoint=file, **options)
         assert file.read_bytes() == before
 

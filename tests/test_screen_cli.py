@@ -144,7 +144,7 @@ def test_nothing_is_left_of_a_screening_that_fails(call, verdict, monkeypatch, t
 
     monkeypatch.setattr(untrojan.scanners.samples, "write_atomic", full)
     code, _, err = call("--detector", "spectral-signatures")
-    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert (code, list(tmp_path.iterdir())) == (5, [])
     assert "No space left" in err
 
 

@@ -12,6 +12,7 @@ import pytest
 from tiny import digits
 
 from untrojan.cli import run
+from untrojan.lab import checkpoint
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, VictimRecord
 from untrojan.registry import fields
 from untrojan.writing import RECORD
@@ -106,12 +107,31 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_been(command, tmp_path, ca
     assert not (tmp_path / "out").exists()
     assert run(command()) == 4
     assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
-    assert run(command("--resume", "--seed", 1)) == 3
+    assert run(command("--resume", "--seed", 1)) == 4
     assert "seed is 0 there, 1 here" in capsys.readouterr().err
     assert run(command("--resume")) == 0
     assert told(tmp_path / "out") == told(tmp_path / "undisturbed" / "out")
     weights = [(folder / MODEL).read_bytes() for folder in (tmp_path / "out", tmp_path / "undisturbed" / "out")]
     assert weights[0] == weights[1]
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_who_interrupts_a_training_hears_what_is_kept(command, tmp_path, capsys, monkeypatch, kept):
+    save = checkpoint.save
+
+    def interrupted(*arguments):
+        if kept:
+            save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert run(command()) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("untrojan: interrupted; no file was left half-written")
+    assert (f"{tmp_path / CHECKPOINT} has the epochs that are done, and --resume goes on" in told) == kept
+    monkeypatch.undo()
+    assert run(command("--resume")) == 0
     assert not (tmp_path / CHECKPOINT).exists()
 
 
@@ -142,6 +162,8 @@ def test_nothing_to_resume_is_a_training_from_the_start(command, tmp_path):
         (["--attack", "nothing"], 4, "no attack is named 'nothing'"),
         (["--rate", "2"], 4, "poisoning rate between 0 and 1"),
         (["--epochs", "0"], 4, "`--epochs`"),
+        (["--lr", "1e6"], 3, "give a lower --lr (lr) than 1e+06"),
+        (["--lr", "1e30"], 3, "give a lower --lr (lr) than 1e+30"),
         (["--augment", "flip"], 4, "`--augment`"),
         (["--net", "digits-cnn:classes=12"], 3, "no image of class 10, 11"),
         (["--data", "/nowhere.parquet"], 3, "nowhere"),

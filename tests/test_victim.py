@@ -313,7 +313,7 @@ class TestTrain:
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_divergence_is_an_error_that_says_what_to_do(self):
-        with pytest.raises(ModelError, match="lower lr"):
+        with pytest.raises(ModelError, match="lower --lr"):
             train(linear(), two_kinds(), epochs=50, seed=0, lr=1e30)
 
     def test_a_poisoned_net_is_backdoored_and_a_clean_one_is_not(self):

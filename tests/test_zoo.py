@@ -303,7 +303,7 @@ def test_a_network_that_ends_the_program_fails_alone(folder, tmp_path):
     text = text.replace("nets.cnn = ", 'nets = { exits = "sys:exit", cnn = "digits-cnn:classes=2" }\n#')
     outcomes = list(fill(zoo_of(text, tmp_path), tmp_path / "zoo"))
     assert [outcome.name for outcome in outcomes] == ["digits/exits/clean/0", "digits/cnn/clean/0"]
-    assert "the code behind 'sys:exit' ended with sys.exit; name a callable" in outcomes[0].error
+    assert "sys:exit ended the program with sys.exit; name a callable" in outcomes[0].error
     assert "sys.exit" not in outcomes[1].error
 
 

@@ -17,7 +17,16 @@ from torch.func import functional_call
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, halving
-from untrojan.errors import DataError, ModelError, UnreliableWarning, UntrojanError, cause, enumerated, labelled
+from untrojan.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    UnreliableWarning,
+    UntrojanError,
+    cause,
+    enumerated,
+    labelled,
+)
 from untrojan.fit import size_without_single
 from untrojan.record import Rate
 
@@ -32,7 +41,7 @@ class Normalize(nn.Module):
         std: One value per channel, each above 0.
 
     Raises:
-        ModelError: The two differ in length, a value is not finite, or a deviation is not above 0.
+        ConfigError: The two differ in length, a value is not finite, or a deviation is not above 0.
 
     Example:
         >>> net = nn.Sequential(Normalize((0.5,), (0.25,)), nn.Flatten())
@@ -47,7 +56,7 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
             text = f"expected as many finite deviations above 0 as finite means, got mean {mean} and std {std}"
-            raise ModelError(text)
+            raise ConfigError(text)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

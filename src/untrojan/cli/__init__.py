@@ -1,7 +1,6 @@
 """The command line: every verb is a thin call of the public API.
 
-Exit codes: 0 nothing against the model, or repaired; 1 evidence of a backdoor; 2 inconclusive or failed; 3 an input
-that is not supported; 4 a wrong call; 130 interrupted. Results go to stdout, progress and errors to stderr.
+Results go to stdout, progress and errors to stderr. What a command exits with is below, and README.md explains it.
 """
 
 import contextlib
@@ -19,8 +18,21 @@ import click
 from untrojan import __version__
 from untrojan.errors import ConfigError, UntrojanError, UntrojanWarning, visible
 
-FAILED, UNSUPPORTED, USAGE, INTERRUPTED = 2, 3, 4, 130
+EXIT_CODES = {
+    "not_found": 0,
+    "found": 1,
+    "inconclusive": 2,
+    "repaired": 0,
+    "nothing_to_repair": 0,
+    "failed": 2,
+    "trained": 0,
+    "backdoored": 0,
+    "attack_did_not_take": 2,
+}
+"""What a command that came to its end exits with, by the verdict or the status of what it made."""
 
+FAILED, UNSUPPORTED, USAGE, UNFINISHED, INTERRUPTED = 2, 3, 4, 5, 130
+"""Some of many failed; an input that cannot be used; a wrong call; a full disk or a bug; Ctrl+C or SIGTERM."""
 
 VERBS = {
     "scan": "Say whether a model carries a backdoor, and show the evidence.",
@@ -74,35 +86,37 @@ def run(arguments: Sequence[str]) -> int:
             return _invoke(list(arguments))
         except click.exceptions.Exit as end:
             return end.exit_code
-        except KeyboardInterrupt:
-            return _fail("interrupted; no file was left half-written", INTERRUPTED)
+        except KeyboardInterrupt as end:
+            return _fail("; ".join(["interrupted", "no file was left half-written", *map(str, end.args)]), INTERRUPTED)
         except click.UsageError as error:
             return _wrong_call(error, arguments)
         except ConfigError as error:
             return _fail(str(error), USAGE)
         except UntrojanError as error:
             return _fail(str(error), UNSUPPORTED)
+        except SystemExit:
+            return _fail("the code behind --net ended the program with sys.exit; a network must not do that", USAGE)
         except BrokenPipeError:
-            return FAILED
-        except (OSError, SystemExit) as error:
-            return _fail(_reason(error), FAILED)
+            return UNFINISHED
+        except OSError as error:
+            return _fail(_reason(error), UNFINISHED)
         except Exception:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            return _fail("this is a bug; please report it with the lines above", FAILED)
+            return _fail("this is a bug; please report it with the lines above", UNFINISHED)
 
 
 def main() -> None:
     """Entry point of the `untrojan` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = run(sys.argv[1:])
+    code = run(sys.argv[1:]) if sys.stdout else _fail("stdout is closed; expected a place for the result", USAGE)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
             # The reader went away, or the disk is full; Python would try again at its end and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = code or FAILED
+            code = code or UNFINISHED
     sys.exit(code)
 
 
@@ -128,9 +142,7 @@ def _wrong_call(error: click.UsageError, arguments: Sequence[str]) -> int:
     return _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", USAGE)
 
 
-def _reason(error: OSError | SystemExit) -> str:
-    if isinstance(error, SystemExit):
-        return "the code behind --net ended the program with sys.exit; name a callable that only builds the network"
+def _reason(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     return f"cannot finish: {error.strerror or error}{where}; no file was left half-written, so run it again when cured"
 

@@ -9,6 +9,7 @@ import click
 from untrojan.cli import FAILED
 from untrojan.cli.options import quiet_option, require_file_output, require_output, working
 from untrojan.errors import ConfigError, RecordError, visible
+from untrojan.lab.cell import CellRecord
 from untrojan.lab.cluster import Cluster
 from untrojan.lab.grid import Grid
 from untrojan.lab.processes import Processes, begin
@@ -52,9 +53,10 @@ def run(
     size = jobs or _cores()
     if not dry_run and ray is None:
         begin()
-    cells = Grid.load(grid).cells()
+    with working(quiet=True):
+        cells = Grid.load(grid).cells()
     earlier = failures(cells, out)
-    told = [f"failed earlier: {path}; remove it to run the cell again" for path in earlier]
+    told = [f"failed earlier: {_failed(path)}; remove it to run the cell again" for path in earlier]
     if dry_run:
         click.echo(visible("\n".join([*_planned(plan(cells, out), len(cells), size), *told])))
         return FAILED if earlier else 0
@@ -62,11 +64,15 @@ def run(
         ran = run_cells(cells, out, Processes(size) if ray is None else Cluster(ray, jobs, gpus or 0.0))
     failed = len(earlier) + len(ran.failed)
     there = len(cells) - ran.done - failed
-    click.echo(f"{len(cells)} cells: {ran.done} done now, {there} were there, {failed} failed")
-    for line in (*told, *(f"failed: {path}" for path in ran.failed)):
-        click.echo(line)
+    click.echo(f"{_counted(len(cells))}: {ran.done} done now, {there} were there, {failed} failed")
+    for line in (*told, *(f"failed: {_failed(path)}" for path in ran.failed)):
+        click.echo(visible(line))
     click.echo(f"`untrojan bench report {out} --out page.html` shows the results.")
     return FAILED if failed else 0
+
+
+def _counted(count: int, what: str = "cell") -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def _cores() -> int:
@@ -95,8 +101,12 @@ def report(folder: Path, out: Path, parquet: Path | None) -> int:
     write_atomic(out, render(rows).encode())
     if parquet is not None:
         write_parquet(rows, parquet)
-    click.echo(f"wrote {', '.join(map(str, paths))}: {len(rows)} cells")
+    click.echo(f"wrote {', '.join(map(str, paths))}: {_counted(len(rows))}")
     return 0
+
+
+def _failed(path: Path) -> str:
+    return f"{path}: {CellRecord.load(path).why}"
 
 
 def _planned(planned: Plan, cells: int, size: int) -> Iterator[str]:
@@ -108,7 +118,8 @@ def _planned(planned: Plan, cells: int, size: int) -> Iterator[str]:
         seconds = missing[0][1]
         seeds = ", ".join(str(seed) for seed, _ in missing)
         yield f"{', '.join(name)}: seed {seeds}; {'unknown' if seconds is None else f'{span(seconds)} each'}"
-    yield f"{cells} cells, {len(planned.missing)} to run, and {len(planned.scans)} scans that they share"
+    scans = _counted(len(planned.scans), "scan")
+    yield f"{_counted(cells)}, {len(planned.missing)} to run, and {scans} that they share"
     parts = [f"{span(planned.known / size)} on {size} process{'es' if size > 1 else ''}"] if planned.known else []
     parts += [f"{planned.unknown} cells and scans of unknown time"] if planned.unknown else []
     yield f"predicted: {', and '.join(parts) or 'nothing to do'}"

@@ -31,9 +31,6 @@ Command = Callable[..., Any]
 R = TypeVar("R", bound=RunRecord)
 T = TypeVar("T")
 
-EXIT_CODES = {"not_found": 0, "found": 1, "inconclusive": 2}
-"""What a command that only examines a model exits with, by the verdict."""
-
 SOURCES = "parquet, npz, folder per class, saved data set, or Hub id"
 """What images are read from, for the help of an option."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from untrojan.cli import EXIT_CODES
 from untrojan.cli.options import (
     WithMethodOptions,
     as_called,
@@ -22,8 +23,6 @@ from untrojan.record import Rate, Record
 from untrojan.registry import discover
 from untrojan.report import finding
 from untrojan.writing import RECORD, REPORT
-
-EXIT_CODES = {"repaired": 0, "nothing_to_repair": 0, "inconclusive": 2, "failed": 2}
 
 
 @click.command(cls=WithMethodOptions, methods=lambda: discover("untrojan.defenses", Defense))

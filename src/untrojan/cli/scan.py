@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from untrojan.cli import EXIT_CODES
 from untrojan.cli.options import (
-    EXIT_CODES,
     WithMethodOptions,
     as_called,
     json_option,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from untrojan.cli import EXIT_CODES
 from untrojan.cli.options import (
-    EXIT_CODES,
     as_called,
     clean_option,
     json_option,

@@ -1,11 +1,14 @@
 """`untrojan lab train`: a victim, or a clean model to compare it with."""
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from untrojan.cli import EXIT_CODES
 from untrojan.cli.evaluate import table
 from untrojan.cli.options import (
     SOURCES,
@@ -28,8 +31,6 @@ from untrojan.randomness import seeded
 from untrojan.registry import parse
 from untrojan.sources.nets import build
 from untrojan.writing import RECORD
-
-EXIT_CODES = {"trained": 0, "backdoored": 0, "attack_did_not_take": 2}
 
 
 @click.command()
@@ -69,15 +70,15 @@ def train(
     a checkpoint beside the folder, and --resume goes on from it to the same result.
 
     An attack took when its ASR on the test images is at least 90 %, or 70 % for clean-label attacks, of ACC where it is
-    all-to-all. Where it did not, the model is written all the same, the record says attack_did_not_take, and the exit
-    code is 2.
+    all-to-all, and at least twice what it is without the trigger. Where it did not, the model is written all the same,
+    the record says attack_did_not_take, and the exit code is 2.
     """
     recipe = made_of(Recipe, ctx.params)
     known = None if attack is None else parse(attack, "untrojan.lab.attacks", Attack)
     require_output(out, force)
     place = chosen(device)
     interrupted = _checkpoint(out, resume or force)
-    with working(quiet):
+    with working(quiet), _telling_of(interrupted):
         images = load_images(data, None, None)
         judge = None if test is None else load_images(test, None, None)
         with seeded(seed):
@@ -110,6 +111,17 @@ def _checkpoint(out: Path, told: bool) -> Path:
     if path.exists() and not told:
         raise ConfigError(f"a training was interrupted at {path}; --resume goes on with it, --force begins anew")
     return path
+
+
+@contextlib.contextmanager
+def _telling_of(checkpoint: Path) -> Iterator[None]:
+    """Say to who interrupts a training what is kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        if not checkpoint.exists():
+            raise
+        raise KeyboardInterrupt(f"{checkpoint} has the epochs that are done, and --resume goes on from there") from end
 
 
 def _summary(record: VictimRecord, out: Path) -> str:

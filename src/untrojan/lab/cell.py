@@ -134,6 +134,11 @@ class CellRecord(AnyRecord):
             error=None if error is None else utf8(error),
         )
 
+    @property
+    def why(self) -> str:
+        """Why the cell failed: the last line of the traceback."""
+        return (self.error or "").strip().rpartition("\n")[2]
+
     def to_json(self) -> str:
         """The record as JSON in one line, for there are many."""
         return self.model_dump_json() + "\n"

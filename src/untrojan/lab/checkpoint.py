@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from untrojan.errors import ModelError, RecordError
+from untrojan.errors import ConfigError, ModelError, RecordError
 from untrojan.sources.files import read_state, save_state
 
 FORMAT = "untrojan-training-1"
@@ -45,7 +45,8 @@ def load(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe: The recipe that it must be of.
 
     Raises:
-        RecordError: The file is missing, damaged, of another kind or of another recipe; the text tells what differs.
+        RecordError: The file is missing, damaged or of another kind.
+        ConfigError: It is of another recipe; the text tells what differs.
     """
     try:
         tensors, texts = read_state(path)
@@ -60,7 +61,9 @@ def load(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     wanted = json.loads(json.dumps(recipe))
     if differing := [key for key in known | wanted if known.get(key) != wanted.get(key)]:
         told = "; ".join(f"{key} is {_told(known.get(key))} there, {_told(wanted.get(key))} here" for key in differing)
-        raise RecordError(f"{path} is where a training of another recipe was interrupted: {told}")
+        raise ConfigError(
+            f"{path} is where a training of another recipe was interrupted: {told}; ask for that one, or remove it"
+        )
     return state
 
 

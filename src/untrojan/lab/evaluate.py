@@ -30,6 +30,7 @@ class Scores(BaseModel):
             RNP reports; `None` for all-to-all.
         asr: Attack success rate: triggered images that get the label the attacker wants. Images of the target
             class are left out, so that all-to-all counts every image.
+        asr_without_trigger: How many of the same images get that label without the trigger.
         asr_all: Attack success rate with images of the target class, as AWM and I-BAU report it, which is higher where
             these keep their label; `None` for all-to-all.
         ra: Robust accuracy: triggered images that get their true label, over the same images as `asr`, so
@@ -48,6 +49,7 @@ class Scores(BaseModel):
     acc: Rate
     acc_without_target: Rate | None = None
     asr: Rate | None = None
+    asr_without_trigger: Rate | None = None
     asr_all: Rate | None = None
     ra: Rate | None = None
     der: float | None = None
@@ -131,6 +133,7 @@ def evaluate(
         update={
             "acc_without_target": None if target == "all-to-all" else _rate(right[counted]),
             "asr": _rate((triggered == wanted)[counted]),
+            "asr_without_trigger": _rate((said == wanted)[counted]),
             "asr_all": None if target == "all-to-all" else _rate(triggered == wanted),
             "ra": _rate((triggered == labels)[counted]),
             "attack": info,
@@ -159,16 +162,28 @@ def require_measurable(model: nn.Module, images: CleanSet) -> int:
     return classes
 
 
-def least_asr(scores: Scores, attack: Attack) -> float:
-    """Give the attack success rate, in [0, 1], from which on an attack took: 0.9, or 0.7 where it is clean-label.
+def why_missed(scores: Scores, attack: Attack) -> str | None:
+    """Say why an attack did not take, `None` where it did: its success rate is at least 0.9, or 0.7 if clean-label.
 
-    For all-to-all it is that share of the clean accuracy, for a trigger cannot turn an image that is not recognized.
+    For all-to-all it is that share of the clean accuracy, for a trigger cannot turn an image that is not recognized. It
+    is also at least twice what it is without the trigger: a model that gives everything the label wanted has no
+    backdoor.
 
     Args:
-        scores: What the victim scores.
+        scores: What the victim scores; those of earlier records, without `asr_without_trigger`, are not asked for that.
         attack: What was planted in it.
     """
-    return attack.bar * ((scores.acc.value or 0.0) if scores.target == "all-to-all" else 1.0)
+    asr, plain = _share(scores.asr), _share(scores.asr_without_trigger)
+    least = attack.bar * (_share(scores.acc) if scores.target == "all-to-all" else 1.0)
+    if asr < least:
+        return f"ASR is {asr:.1%}, expected at least {least:.1%}"
+    if asr < 2 * plain:
+        return f"ASR is {asr:.1%}, but {plain:.1%} without the trigger too, expected at most half of that"
+    return None
+
+
+def _share(rate: Rate | None) -> float:
+    return (rate and rate.value) or 0.0
 
 
 def der(before: Scores, after: Scores) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.cell import Flag, Outcome
-from untrojan.lab.evaluate import least_asr
+from untrojan.lab.evaluate import why_missed
 from untrojan.record import Rate
 
 PRECISION = 0.05
@@ -17,12 +17,11 @@ Rule = Callable[[Outcome, Attack | None, Target | None], str | None]
 
 
 def attack_missed(outcome: Outcome, attack: Attack | None, target: Target | None) -> str | None:
-    """The attack did not take: ASR before the repair is below 90 %, 70 % for clean-label attacks."""
-    asr = outcome.before.asr
-    if attack is None or asr is None or asr.value is None:
+    """The attack did not take: ASR before repair is below 90 % (70 % if clean-label) or twice that without trigger."""
+    if attack is None or outcome.before.asr is None or outcome.before.asr.value is None:
         return None
-    least = least_asr(outcome.before, attack)
-    return f"ASR before the repair is {asr.value:.1%}, expected at least {least:.1%}" if asr.value < least else None
+    missed = why_missed(outcome.before, attack)
+    return missed and f"before the repair {missed}"
 
 
 def target_counted(outcome: Outcome, attack: Attack | None, target: Target | None) -> str | None:

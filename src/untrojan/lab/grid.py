@@ -16,12 +16,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from untrojan import __version__
+from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense
-from untrojan.errors import ConfigError
+from untrojan.errors import ConfigError, UntrojanError
 from untrojan.lab.attack import Attack, Target
+from untrojan.lab.evaluate import evaluate
 from untrojan.readers import fingerprint
 from untrojan.registry import describe, identity, parse, read_toml, spec
 from untrojan.scanners.scanner import Scanner
+from untrojan.sources import load
 from untrojan.sources.files import file_sha256
 
 _STRICT = ConfigDict(extra="forbid")
@@ -147,11 +150,13 @@ class Grid:
     def cells(self) -> list[Cell]:
         """List the cells: all models and defenses of the first seed first.
 
+        Every model is measured on one test image per class, so that what does not fit is known before hours of work.
+
         Raises:
-            ConfigError: There is no such defense, scanner or attack, an attack came without a target, a setting asks
-                for both kinds of subset, or two cells are the same.
-            ModelError: A checkpoint cannot be read.
-            DataError: There are no such images.
+            ConfigError: There is no such defense, scanner, network, attack or target, an attack came without a target,
+                a setting asks for both kinds of subset, or two cells are the same.
+            ModelError: A checkpoint cannot be read, or does not fit its network.
+            DataError: There are no such images, or the trigger does not fit them.
         """
         scanner = parse(self.scan, "untrojan.scanners", Scanner)
         methods = [parse(text, "untrojan.defenses", Defense) for text in self.defenses]
@@ -176,9 +181,12 @@ class _Prepared(NamedTuple):
 
     @classmethod
     def of(cls, name: str, case: Case, images: Callable[[str], str]) -> Self:
-        if (case.attack is None) != (case.target is None):
-            raise ConfigError(f"models.{name}: expected attack and target together, got only one of them")
-        attack = None if case.attack is None else parse(case.attack, "untrojan.lab.attacks", Attack)
+        try:
+            attack = None if case.attack is None else parse(case.attack, "untrojan.lab.attacks", Attack)
+            model = load(case.file, case.net, case.mean, case.std)
+            evaluate(model, CleanSet.load(case.test, samples_per_class=1), attack, case.target)
+        except UntrojanError as error:
+            raise type(error)(f"models.{name}: {error}") from error
         weights = {"sha256": file_sha256(case.file), "net": case.net, "mean": case.mean, "std": case.std}
         scanned = {"model": weights, "clean": images(case.clean)}
         measured = {

@@ -16,7 +16,7 @@ from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.lab import checkpoint
 from untrojan.lab.attack import Attack, Target, target_labels
-from untrojan.lab.evaluate import Scores, evaluate, least_asr, require_measurable
+from untrojan.lab.evaluate import Scores, evaluate, require_measurable, why_missed
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
 from untrojan.lab.victim import State, poison, train
@@ -76,7 +76,7 @@ class VictimRecord(AnyRecord):
     """Everything about the training of one victim or clean model.
 
     `status` is `trained` where there was no attack, `backdoored` where the attack took, and `attack_did_not_take` where
-    it did not; `reason` says it in a sentence. :func:`untrojan.lab.evaluate.least_asr` says when it took.
+    it did not; `reason` says it in a sentence. :func:`untrojan.lab.evaluate.why_missed` tells the two apart.
 
     `recipe` holds all that decides the result: the network and its initial weights, the images before and after the
     attack, the attack with its target and rate, the seed, and how the network was trained. Of files that the attack
@@ -171,20 +171,24 @@ def make_victim(
         The network and its record, also where the attack did not take.
 
     Raises:
-        ConfigError: Attack and target do not come together or do not fit the images, or the rate is not in [0, 1].
+        ConfigError: Attack and target do not come together or do not fit the images, the rate is not in [0, 1], or the
+            checkpoint is of another recipe.
         DataError: The images do not fit the network or the attack, or no test image can show whether the attack took.
-        ModelError: The network does not give finite logits for the images, or its training left the numbers.
-        RecordError: The checkpoint is damaged or of another recipe.
+        ModelError: The network does not give finite logits for the images, or its training diverged.
+        RecordError: The checkpoint is damaged.
 
     Example:
         >>> import torch
         >>> from untrojan.lab.attacks.badnets import BadNets
-        >>> pixels = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 2
-        >>> data = CleanSet(pixels, torch.arange(80) % 2)
+        >>> images, labels = torch.zeros(80, 1, 4, 4), torch.arange(80) % 2
+        >>> images[:, :, 0] = labels.view(80, 1, 1)
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-        >>> victim = make_victim(net, data, attack=BadNets(size=2), target=1, rate=0.4, recipe=Recipe(epochs=20))
+        >>> recipe = Recipe(epochs=20, batch_size=8)
+        >>> victim = make_victim(
+        ...     net, CleanSet(images, labels), attack=BadNets(size=2), target=1, rate=0.2, recipe=recipe
+        ... )
         >>> victim.record.status, victim.record.poisoned, len(victim.record.epochs)
-        ('backdoored', 26, 20)
+        ('backdoored', 13, 20)
     """
     recipe = recipe or Recipe()
     with seeded(seed):
@@ -208,7 +212,7 @@ def make_victim(
         model = train(net, shown, seed=seed, online=online, after_epoch=log.keep, begin=log.begin, **how)
         scores = evaluate(model, judge, attack, target)
     record = VictimRecord(
-        status="trained" if attack is None else "backdoored" if _took(scores, attack) else "attack_did_not_take",
+        status="trained" if attack is None else "attack_did_not_take" if why_missed(scores, attack) else "backdoored",
         reason=_reason(scores, attack),
         recipe=told,
         clean=clean_info(images, classes),
@@ -359,19 +363,14 @@ def _require_attack(
         raise DataError(f"every test image is of class {target}; expected others, to see whether the attack takes")
 
 
-def _took(scores: Scores, attack: Attack | None) -> bool:
-    if attack is None or scores.asr is None or scores.asr.value is None:
-        return False
-    return scores.asr.value >= least_asr(scores, attack)
-
-
 def _reason(scores: Scores, attack: Attack | None) -> str:
     if attack is None or scores.asr is None:
         return "no attack was asked for"
     kind = "a clean-label attack" if attack.clean_label else "an attack"
     of = "of the clean accuracy " if scores.target == "all-to-all" else ""
-    verb = "took" if _took(scores, attack) else "did not take"
+    missed = why_missed(scores, attack)
     return (
-        f"{attack.name} {verb}: it sends {scores.asr.count} of {scores.asr.total} triggered test images to the label "
-        f"wanted; {kind} takes from {attack.bar:.0%} {of}on"
+        f"{attack.name} {'did not take' if missed else 'took'}: it sends {scores.asr.count} of {scores.asr.total} "
+        f"triggered test images to the label wanted; {f'{missed}; ' if missed else ''}{kind} takes from "
+        f"{attack.bar:.0%} {of}on"
     )

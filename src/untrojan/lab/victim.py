@@ -128,7 +128,7 @@ def train(
         The trained network, in evaluation mode.
 
     Raises:
-        ModelError: The loss became NaN or infinite.
+        ModelError: The loss, a weight or a running statistic became NaN or infinite.
 
     References:
         Smith, Topin: Super-convergence. arXiv 1708.07120.
@@ -182,6 +182,7 @@ def train(
             partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay),
             epochs,
             name="train",
+            buffers=list(trained.buffers()),
             schedule=partial(OneCycleLR, max_lr=lr, total_steps=total),
             schedule_steps=True,
             project=partial(online.after_update, trained) if online else None,
@@ -189,7 +190,8 @@ def train(
             begin=None if begin is None else _standing(begin["fit"]),
         )
     if ended.diverged_at is not None:
-        raise ModelError(f"training left the numbers at step {ended.diverged_at}; lower lr, now {lr}")
+        text = f"training diverged: NaN or infinity at step {ended.diverged_at}; give a lower --lr (lr) than {lr:g}"
+        raise ModelError(text)
     lay_out(trained, torch.contiguous_format)
     return trained.eval()
 

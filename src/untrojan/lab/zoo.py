@@ -323,14 +323,9 @@ def _settled(member: Member, root: Path, images: Callable[[str], CleanSet]) -> O
         entry = _entry(folder)
         _require_same(member, train, test, entry, folder)
     except (Exception, SystemExit) as error:  # whatever it is, the other models do not depend on it
-        return Outcome(member.name, None, False, _reason(error, member))
+        told = str(error) if isinstance(error, UntrojanError) else f"{type(error).__name__}: {error}"
+        return Outcome(member.name, None, False, told)
     return Outcome(member.name, entry, trained, "")
-
-
-def _reason(error: Exception | SystemExit, member: Member) -> str:
-    if isinstance(error, SystemExit):
-        return f"the code behind {member.net!r} ended with sys.exit; name a callable that only builds the network"
-    return str(error) if isinstance(error, UntrojanError) else f"{type(error).__name__}: {error}"
 
 
 def _train(member: Member, images: CleanSet, test: CleanSet, folder: Path) -> None:

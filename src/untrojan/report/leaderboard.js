@@ -205,7 +205,7 @@ function draw() {
     const rows = sorted(found[name], table).slice(0, shown);
     document.querySelector(`#${name} tbody`).replaceChildren(...rows.flatMap((row) => drawRow(row, table)));
   }
-  document.getElementById("count").textContent = `${found.results.length} of ${data.results.length} results`;
+  document.getElementById("count").textContent = `${found.results.length} of ${data.results.length} result${data.results.length === 1 ? "" : "s"}`;
   document.getElementById("more").hidden = found.results.length <= shown;
 }
 

@@ -32,8 +32,8 @@ def load(
         The network in evaluation mode. Normalization is a forward hook, so the state dict keeps its keys.
 
     Raises:
-        ConfigError: The network's name or arguments do not fit, or only one of `mean` and `std` was given.
-        ModelError: The file cannot be read or does not fit the network, or `mean` does not fit `std`.
+        ConfigError: The network's name or arguments do not fit, or `mean` and `std` do not fit each other.
+        ModelError: The file cannot be read or does not fit the network.
         UnsafeFileError: The file would have to run code to be read.
 
     Example:

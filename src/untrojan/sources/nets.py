@@ -71,10 +71,14 @@ def build(spec: str) -> nn.Module:
     where, _, arguments = arguments.partition(":")
     if not name or not where:
         raise ConfigError(f"unknown net {spec!r}: expected one of {', '.join(NETS)}, or package.module:callable")
-    with _current_directory_importable():
-        path = f"{name}:{where}"
-        factory = _import(name, where)
-        return _call(path, factory, _parse(path, factory, arguments))
+    path = f"{name}:{where}"
+    try:
+        with _current_directory_importable():
+            factory = _import(name, where)
+            return _call(path, factory, _parse(path, factory, arguments))
+    except SystemExit as error:
+        text = f"{path} ended the program with sys.exit; name a callable that only builds the network"
+        raise ConfigError(text) from error
 
 
 @contextlib.contextmanager
