@@ -15,6 +15,7 @@ from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, UNLIKE, Counts, RaisesAt
 from torch import nn
 
 import untrojan
+from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.defenses.rnp import RNP
 from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning, UnreliableWarning
@@ -492,6 +493,16 @@ def test_after_an_inconclusive_scan_nothing_is_called_repaired(clean):
     assert unsure.record.reason.startswith(f"{sure.record.reason}, but ")
 
 
+@pytest.mark.usefixtures("no_checks")
+@pytest.mark.parametrize("verdict", ["found", "not_found"])
+def test_nothing_is_called_repaired_or_sound_where_the_model_is_wrong_on_most_clean_images(clean, monkeypatch, verdict):
+    monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: GIVEN.model_copy(update={"verdict": verdict}))
+    net, method = train(build("plain"), clean), make(DEFENSES["fine-tuning"], QUICK["fine-tuning"])
+    firm = "repaired" if verdict == "found" else "nothing_to_repair"
+    assert method.repair(net, clean).record.status == firm
+    assert method.repair(net, CleanSet(clean.images, clean.labels.roll(1))).record.status == "inconclusive"
+
+
 def test_a_method_that_changes_nothing_warns():
     with pytest.warns(NoEffectWarning, match="rude changed nothing: the method changed nothing"):
         repair = rude("nothing", train(build("batchnorm"), make_clean()))
@@ -504,7 +515,7 @@ def test_a_method_that_changes_nothing_warns():
 def test_a_model_that_is_right_by_chance_is_told_once(clean, given, monkeypatch):
     monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: GIVEN)
     told = Rude(rule="nothing").repair(build("batchnorm"), clean, given).record.warnings
-    assert sum(text.startswith("the model is right on 8 of 32 clean images, which may be chance") for text in told) == 1
+    assert sum(text.startswith("the model is right on 8 of 32 clean images, which is less") for text in told) == 1
 
 
 def test_warnings_reach_the_caller_and_the_record():

@@ -10,8 +10,9 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
-from untrojan.model import Normalize, check, copied, correct, evaluating, logits, require, tapped, warn_of_chance
+from untrojan.model import Normalize, accuracy_of, check, copied, correct, evaluating, logits, require, tapped
 from untrojan.randomness import seeded
+from untrojan.record import Rate
 
 
 def relabelled(clean, change):
@@ -234,16 +235,28 @@ def test_a_negative_seed_is_refused():
         pass
 
 
-@pytest.mark.parametrize(("right", "warned"), [(0, True), (10, True), (15, True), (17, False), (40, False)])
-def test_a_model_that_is_right_no_more_often_than_by_chance_is_told(right, warned):
-    said = torch.arange(40) % 4
-    images = nn.functional.one_hot(said, 4).float().view(40, 4, 1, 1)
-    clean = CleanSet(images, torch.where(torch.arange(40) < right, said, (said + 1) % 4))
+@pytest.mark.parametrize(
+    ("classes", "right", "doubted"),
+    [
+        *((4, right, doubted) for right, doubted in ((0, True), (15, True), (17, False), (40, False))),
+        *((20, right, doubted) for right, doubted in ((13, True), (14, False))),
+        *((2, right, doubted) for right, doubted in ((20, True), (27, False))),
+    ],
+)
+def test_a_model_that_is_right_on_less_than_half_or_maybe_by_chance_is_doubted(classes, right, doubted):
+    said = torch.arange(40) % classes
+    images = nn.functional.one_hot(said, classes).float().view(40, classes, 1, 1)
+    clean = CleanSet(images, torch.where(torch.arange(40) < right, said, (said + 1) % classes))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        warn_of_chance(Returns(lambda images: images.flatten(1)), clean)
-    assert [each.category for each in told] == [UnreliableWarning] * warned
-    assert all(f"is right on {right} of 40 clean images" in str(each.message) for each in told)
+        accuracy, doubt = accuracy_of(nn.Flatten(), clean)
+    assert accuracy == Rate.of(right, 40)
+    assert [each.category for each in told] == [UnreliableWarning] * doubted
+    assert bool(doubt) == doubted
+    for each in told:
+        assert f"the model is right on {right} of 40 clean images" in doubt
+        assert str(each.message).startswith(f"{doubt}: check ")
+        assert all(cause in str(each.message) for cause in ("--mean and --std", "the order of its classes"))
 
 
 @pytest.mark.parametrize("most", [7, 1])

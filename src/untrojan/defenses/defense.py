@@ -25,7 +25,7 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import copied, correct, logits, require, warn_of_chance
+from untrojan.model import accuracy_of, copied, correct, logits, require
 from untrojan.progress import overall, timing
 from untrojan.randomness import seeded
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
@@ -169,7 +169,7 @@ class Defense(ABC):
                 diagnosis = _look(model, clean, seed)
             elif len(clean):
                 _require_known(diagnosis, clean)
-                warn_of_chance(copied(model), clean)
+                accuracy_of(copied(model), clean)
             trusted = _trusted(copied(model), clean, diagnosis, seed)
             outcome = (
                 _unchanged(copied(model), trusted)

@@ -7,7 +7,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import classes_of, copied, require, warn_of_chance
+from untrojan.model import accuracy_of, classes_of, copied, require
 from untrojan.progress import timing
 from untrojan.randomness import seeded
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
@@ -31,7 +31,8 @@ class Scanner(ABC):
             seed: Same seed, same diagnosis, on a GPU up to rounding; the caller's random state is left alone.
 
         Returns:
-            The verdict with the suspected targets, best first, and the evidence.
+            The verdict with the suspected targets, best first, the evidence, and the accuracy on the clean images;
+            where :func:`~untrojan.model.accuracy_of` doubts that, the verdict is inconclusive, whatever the evidence.
 
         Raises:
             ModelError: The model cannot be used.
@@ -41,8 +42,12 @@ class Scanner(ABC):
         with running_on(device_of(model)), seeded(seed):
             require(copied(model), clean)
             clean = clean.to(device_of(model))
-            warn_of_chance(copied(model), clean)
-            return self._scan(copied(model), clean, seed)
+            accuracy, doubt = accuracy_of(copied(model), clean)
+            diagnosis = self._scan(copied(model), clean, seed).model_copy(update={"accuracy": accuracy})
+            if not doubt:
+                return diagnosis
+            rule = f"inconclusive: {doubt}; otherwise {diagnosis.rule}"
+            return diagnosis.model_copy(update={"verdict": "inconclusive", "rule": rule})
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:
