@@ -1,6 +1,8 @@
 import contextlib
 import random
 import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tiny import CLASSES, NETS, Returns, Snapshot, build, make_clean
 from torch import nn
 
+import untrojan
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
 from untrojan.model import Normalize, accuracy_of, check, copied, correct, evaluating, logits, require, tapped
@@ -113,6 +116,62 @@ def test_problems(name):
     with pytest.raises(error, match=text):
         require(net, clean)
     assert before.shape == before._shape()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        untrojan.check,
+        untrojan.scan,
+        untrojan.repair,
+        partial(untrojan.repair, method=untrojan.CLP()),
+        lambda model, clean: untrojan.screen(model, clean, make_clean()),
+    ],
+    ids=["check", "scan", "repair", "data-free repair", "screen"],
+)
+@pytest.mark.parametrize(
+    ("model", "clean", "error", "text"),
+    [
+        (
+            "a.pt",
+            make_clean(),
+            ModelError,
+            "expected a network, a torch.nn.Module, got str; untrojan.load opens a file",
+        ),
+        (Path("a.pt"), make_clean(), ModelError, "got PosixPath; untrojan.load"),
+        (
+            build("plain"),
+            "images",
+            DataError,
+            "expected clean images as a CleanSet, got str; CleanSet.load reads files",
+        ),
+        (build("plain"), Path("images"), DataError, "got PosixPath; CleanSet.load"),
+        (
+            build("plain"),
+            (make_clean().images, make_clean().labels),
+            DataError,
+            "got tuple; .* CleanSet.of takes a pair",
+        ),
+    ],
+)
+def test_what_is_no_network_and_no_clean_set(call, model, clean, error, text):
+    with pytest.raises(error, match=text):
+        call(model, clean)
+
+
+@pytest.mark.parametrize(
+    ("call", "method", "text"),
+    [
+        (untrojan.repair, "rnp", r"expected a Defense as method, such as untrojan.Auto\(\), got 'rnp'"),
+        (untrojan.repair, untrojan.RNP, "expected a Defense as method"),
+        (untrojan.repair, untrojan.TriggerScanner(), r"got TriggerScanner\("),
+        (untrojan.scan, "", r"expected a Scanner as method, such as untrojan.TriggerScanner\(\), got ''"),
+        (untrojan.scan, untrojan.RNP(), r"expected a Scanner as method, .* got RNP\("),
+    ],
+)
+def test_what_is_no_method(call, method, text):
+    with pytest.raises(ConfigError, match=text):
+        call(build("plain"), make_clean(), method=method)
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -14,7 +14,7 @@ import untrojan
 from untrojan.data import CleanSet
 from untrojan.errors import DataError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Rate, ScanRecord, Target, UnlearningPoint, UnlearningRun
-from untrojan.registry import describe, discover, make
+from untrojan.registry import describe, discover
 from untrojan.scanners import neural_cleanse
 from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, Trigger
 from untrojan.scanners.scanner import Scanner
@@ -31,7 +31,7 @@ QUICK = {
     "unlearning": {"unlearn_epochs": 2, "runs": 2},
 }
 
-scanners = pytest.mark.parametrize("scanner", [make(cls, QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
+scanners = pytest.mark.parametrize("scanner", [cls(**QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
 
 
 def test_the_target_of_a_backdoor_is_named():
@@ -93,7 +93,7 @@ def test_what_cannot_be_scanned(scanner):
 
 @scanners
 def test_round_trip(scanner):
-    assert make(type(scanner), describe(scanner)) == scanner
+    assert type(scanner)(**describe(scanner)) == scanner
 
 
 # The record

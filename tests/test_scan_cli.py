@@ -9,8 +9,6 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from sarif_schema import SCHEMA
 from tiny import train
 
@@ -18,7 +16,7 @@ import untrojan.cli.scan
 from untrojan.cli import run
 from untrojan.data import CleanSet
 from untrojan.record import Diagnosis, ScanRecord, Target
-from untrojan.registry import discover, fields
+from untrojan.registry import config, discover, fields
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
@@ -34,7 +32,7 @@ QUICK = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Stub(Scanner):
     """Ends as it is told.
 

@@ -263,6 +263,24 @@ class Problem(NamedTuple):
     text: str
 
 
+def require_kinds(model: object, clean: object) -> None:
+    """Raise where something else was given as a network or as clean images.
+
+    Raises:
+        ModelError: `model` is no network.
+        DataError: `clean` is no clean set.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a network, a torch.nn.Module, got {type(model).__name__}; untrojan.load opens a file"
+        )
+    if not isinstance(clean, CleanSet):
+        text = (
+            f"expected clean images as a CleanSet, got {type(clean).__name__}; CleanSet.load reads files, CleanSet.of"
+        )
+        raise DataError(f"{text} takes a pair of images and labels, a Dataset or a DataLoader")
+
+
 def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Problem]:
     """List everything that is wrong with a model and the clean images for it.
 
@@ -276,6 +294,10 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
     Returns:
         Every problem found, in words for the user; an empty list when the two can be used.
 
+    Raises:
+        ModelError: `model` is no network at all.
+        DataError: `clean` is no clean set.
+
     Example:
         >>> clean = CleanSet(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), clean)
@@ -283,6 +305,7 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)[0].text
         'no image of class 2: expected at least one clean image of each of the 3 classes of the model'
     """
+    require_kinds(model, clean)
     constants = {name for name, _ in model.named_buffers(remove_duplicate=False) if not name.endswith(_STATISTICS)}
     bad = [
         name

@@ -20,7 +20,7 @@ from untrojan.device import AUTO, chosen
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
 from untrojan.record import RunRecord
-from untrojan.registry import FieldInfo, fields, make
+from untrojan.registry import FieldInfo, fields
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import require_file, require_free
@@ -295,7 +295,7 @@ def method_of(ctx: click.Context) -> Any:
 def made_of(config: type[T], params: Mapping[str, Any]) -> T:
     """Make what :func:`options_of` gave the options of; fields left out have their defaults."""
     given = {field.name: params[field.name] for field in fields(config)}
-    return make(config, {name: value for name, value in given.items() if value is not None})
+    return config(**{name: value for name, value in given.items() if value is not None})
 
 
 def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import accuracy_of, classes_of, copied, require
+from untrojan.model import accuracy_of, classes_of, copied, require, require_kinds
 from untrojan.progress import timing
 from untrojan.randomness import seeded
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
@@ -17,7 +17,10 @@ from untrojan.sources.files import Checkpoint
 
 
 class Scanner(ABC):
-    """Examines a model with clean images alone. A subclass is a frozen dataclass and writes `_scan`."""
+    """Examines a model with clean images alone.
+
+    A subclass is a :func:`~untrojan.registry.config` and writes `_scan`.
+    """
 
     name: ClassVar[str]
 
@@ -39,6 +42,7 @@ class Scanner(ABC):
             DataError: The images do not fit the model.
             ConfigError: The seed is negative.
         """
+        require_kinds(model, clean)
         with running_on(device_of(model)), seeded(seed):
             require(copied(model), clean)
             clean = clean.to(device_of(model))
