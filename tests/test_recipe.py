@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused(options, error, message):
     ],
 )
 def test_a_recipe_checks_its_values(values, field):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ConfigError, match=field):
         Recipe(**values)
 
 
