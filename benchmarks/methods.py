@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     """Which clean images the methods get, which share of them the attacker has poisoned as well, and their options."""
 
     draw: dict[str, int]
-    methods: dict[str, dict[str, Any]] = dict.fromkeys(METHODS, {})
+    methods: dict[str, dict[str, Any]] = {name: {} for name in METHODS}  # noqa: RUF012
     poisoned: float = 0.0
     reference: bool = False  # whether the authors' own code ran with as many images
 
