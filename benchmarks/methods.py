@@ -28,7 +28,7 @@ from untrojan.device import chosen
 from untrojan.lab.attack import Attack
 from untrojan.lab.victim import poison
 from untrojan.record import Diagnosis
-from untrojan.registry import discover, make, parse
+from untrojan.registry import discover, parse
 from untrojan.run import forget_peak_memory
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
@@ -100,7 +100,8 @@ def run(cell: Cell) -> None:
     else:
         diagnosis = diagnose(cell)
     one_shot = getattr(METHODS[cell.method], "one_shot", None) if cell.setting == "one-shot" else None
-    method = one_shot() if one_shot else make(METHODS[cell.method], setting.methods[cell.method])
+    build = one_shot or METHODS[cell.method]
+    method = build(**setting.methods[cell.method])  # pyright: ignore[reportAbstractUsage]
     forget_peak_memory()
     start = time.perf_counter()
     repair = method.repair(model, clean, diagnosis, cell.seed, source)

@@ -12,7 +12,6 @@ from untrojan.defenses.anp import ANP
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -25,7 +24,7 @@ variants = pytest.mark.parametrize("variant", ["fixed", "released"])
 
 def anp(**fields):
     fields = {"iterations": 5, "batch_size": 8} | fields
-    return make(ANP, ({"select": "count"} if fields.get("variant") == "released" else {}) | fields)
+    return ANP(**({"select": "count"} if fields.get("variant") == "released" else {}) | fields)
 
 
 def flat(mask):
@@ -178,7 +177,7 @@ def test_alpha_1_needs_no_robustness():
 
 def test_released_needs_a_rule():
     with pytest.raises(ConfigError, match="the released code has no such rule; give select threshold or count"):
-        make(ANP, {"variant": "released"})
+        ANP(variant="released")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,7 @@ def test_released_needs_a_rule():
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^anp: `{next(iter(fields))}`"):
-        make(ANP, fields)
+        ANP(**fields)
 
 
 @pytest.mark.parametrize("name", UNLIKE)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -170,12 +169,13 @@ class TestContract:
 
 class TestTargets:
     def test_all_to_one(self):
-        assert target_labels(torch.tensor([0, 4, 2]), 2, 5).tolist() == [2, 2, 2]
+        for target in (2, np.int64(2), torch.tensor(2)):
+            assert target_labels(torch.tensor([0, 4, 2]), target, 5).tolist() == [2, 2, 2]
 
     def test_all_to_all_wraps_around(self):
         assert target_labels(torch.arange(5), "all-to-all", 5).tolist() == [1, 2, 3, 4, 0]
 
-    @pytest.mark.parametrize("target", [-1, 5, "all-to-one", 1.0, True])
+    @pytest.mark.parametrize("target", [-1, 5, np.int64(5), "all-to-one", 1.0, torch.tensor(1.0), True, None])
     def test_what_is_no_target_is_refused(self, target):
         with pytest.raises(ConfigError, match='expected target "all-to-all" or a class from 0 to 4, got'):
             target_labels(torch.arange(5), target, 5)
@@ -393,12 +393,12 @@ class TestEveryAttack:
     def test_infinity_which_json_cannot_hold_is_refused(self, attack):
         for field in fields(attack):
             if isinstance(field.default, float):
-                with pytest.raises((ConfigError, ValidationError), match=field.name):
+                with pytest.raises(ConfigError, match=field.name):
                     attack(**{field.name: math.inf})
 
     @pytest.mark.parametrize(("attack", "field"), [(AdaptiveBlend, "kept"), (SSBA, "strength")])
     def test_what_must_not_be_nothing_is_refused(self, attack, field):
-        with pytest.raises(ValidationError, match=field):
+        with pytest.raises(ConfigError, match=field):
             attack(**{field: 0})
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -15,7 +15,6 @@ from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask
 from untrojan.model import logits
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -25,7 +24,7 @@ variants = pytest.mark.parametrize("variant", ["fixed", "released"])
 
 
 def awm(**fields):
-    return make(AWM, {"outer_rounds": 2, "inner_rounds": 2, "batch_size": 8} | fields)
+    return AWM(**{"outer_rounds": 2, "inner_rounds": 2, "batch_size": 8} | fields)
 
 
 def tuned(method, net, clean, seed=0):
@@ -183,7 +182,7 @@ def test_factored_masks_on_all_networks(name, clean):
 def test_one_shot_settings():
     method = AWM.one_shot()
     assert (method.tau, method.alpha, method.batch_size, method.copies, method.hold_out) == (100, 0.99, 32, 9, 0)
-    assert AWM() == make(AWM, {"tau": 1000, "alpha": 0.9, "batch_size": 128, "outer_rounds": 20, "inner_rounds": 5})
+    assert AWM() == AWM(tau=1000, alpha=0.9, batch_size=128, outer_rounds=20, inner_rounds=5)
 
 
 def test_copies_are_made_once(monkeypatch):
@@ -269,7 +268,7 @@ def test_nothing_to_mask(clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^awm: `{next(iter(fields))}`"):
-        make(AWM, fields)
+        AWM(**fields)
 
 
 @variants

@@ -4,8 +4,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from tiny import FallsForSquare, Returns, make_dark
 
 from untrojan.data import CleanSet
@@ -20,6 +18,7 @@ from untrojan.defenses.checks import (
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Rate, Reach, Target, Trigger
+from untrojan.registry import config
 from untrojan.scanners.aim import Aim
 
 GIVEN = Diagnosis(verdict="found", rule="given", targets=[Target(label=1, score=0.9)], runs=[])
@@ -271,7 +270,7 @@ def test_a_suspected_label_may_be_said_of_other_views_no_longer():
     assert "of 100% of these" in of_others.detail
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Doubles(Defense):
     """Makes a network twice as sure."""
 

@@ -21,8 +21,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from tiny import DEFENSES, digits
 from tiny import QUICK as FEW_STEPS
 
@@ -36,7 +34,7 @@ from untrojan.defenses.defense import CHANGES, RECORD, REPAIRED, REPORT, Defense
 from untrojan.errors import UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Check, Diagnosis, Record, Target
-from untrojan.registry import discover, documentation, fields
+from untrojan.registry import config, discover, documentation, fields
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.scanners.unlearning import UnlearningScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
@@ -58,7 +56,7 @@ ENDLESS = ("--method=rnp", "--unlearn-epochs", "1000000", "--floor", "1e-9")
 NET = "digits-cnn"
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Stub(Defense):
     """Ends as it is told, to see what the command line makes of it.
 

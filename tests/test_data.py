@@ -173,6 +173,7 @@ class TestConstructor:
             (torch.zeros(1, 2, 2), r"\(N, C, H, W\), got shape \(1, 2, 2\)"),
             (torch.zeros(2, 0, 2, 2), r"images as \(N, C, H, W\)"),
             (torch.zeros(1, 3, 2, 2, dtype=torch.int64), "uint8 or floating point, got torch.int64"),
+            (np.zeros((1, 3, 2, 2)), "expected images as a tensor, got ndarray; .* CleanSet.of, or .*torch.from_numpy"),
         ],
     )
     def test_refuses_images(self, images, message):
@@ -187,6 +188,8 @@ class TestConstructor:
             (torch.tensor([0.0, 1.0]), "whole numbers, got torch.float32"),
             (torch.tensor([0.0, torch.nan]), "whole numbers"),
             (torch.tensor([True, False]), "whole numbers, got torch.bool"),
+            (np.array([0, 1]), "labels as a tensor, got ndarray; .* CleanSet.of, or .*torch.from_numpy"),
+            ([0, 1], "labels as a tensor, got list"),
             (torch.tensor([0, -1]), "got -1 to 0"),
             (torch.tensor([0, 10**12]), "got 0 to 1000000000000"),
         ],

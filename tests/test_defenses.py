@@ -9,19 +9,18 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from tiny import CLASSES, DEFENSES, GIVEN, NETS, QUICK, UNLIKE, Counts, RaisesAt, Snapshot, build, make_clean, train
 from torch import nn
 
 import untrojan
+from untrojan.data import CleanSet
 from untrojan.defenses.defense import Defense, Outcome
 from untrojan.defenses.rnp import RNP
 from untrojan.errors import ConfigError, DataError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import correct, logits
 from untrojan.record import Record
-from untrojan.registry import describe, make
+from untrojan.registry import config, describe
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.undo import restore
@@ -42,7 +41,7 @@ WITHOUT_MEANING = {
 }
 
 methods = pytest.mark.parametrize(
-    "method", [make(cls, QUICK.get(name, {})) for name, cls in DEFENSES.items()], ids=list(DEFENSES)
+    "method", [cls(**QUICK.get(name, {})) for name, cls in DEFENSES.items()], ids=list(DEFENSES)
 )
 
 
@@ -63,7 +62,7 @@ def same(one, other):
 @cache
 def done(name):
     """A repair to look at; nobody changes it."""
-    return make(DEFENSES[name], QUICK.get(name, {})).repair(build("batchnorm"), make_clean(), GIVEN)
+    return DEFENSES[name](**QUICK.get(name, {})).repair(build("batchnorm"), make_clean(), GIVEN)
 
 
 named = pytest.mark.parametrize("name", DEFENSES)
@@ -116,7 +115,7 @@ def test_in_which_mode_a_method_learns(name, clean):
     net, seen = build("batchnorm"), []
     norm = next(each for each in net.modules() if isinstance(each, nn.BatchNorm2d))
     norm.register_forward_hook(lambda at, _, out: seen.append(at.training) if out.requires_grad else None)
-    make(DEFENSES[name], QUICK[name]).repair(net, clean, GIVEN)
+    DEFENSES[name](**QUICK[name]).repair(net, clean, GIVEN)
     assert seen[-1] == LEARNS_LAST_IN_TRAINING_MODE[name]
     assert name != "awm" or not any(seen)
 
@@ -149,7 +148,7 @@ def test_the_record_holds_what_a_method_chose(name):
 
 def test_nothing_is_chosen_where_nothing_is_done(clean):
     clear = GIVEN.model_copy(update={"verdict": "not_found", "targets": []})
-    assert make(DEFENSES["fmp"], QUICK["fmp"]).repair(build("batchnorm"), clean, clear).record.choices == {}
+    assert DEFENSES["fmp"](**QUICK["fmp"]).repair(build("batchnorm"), clean, clear).record.choices == {}
 
 
 def test_every_method_that_learns_is_asked_for_its_mode():
@@ -166,7 +165,7 @@ def repeats(method, name, clean):
 
 
 def test_a_repair_with_its_checks_repeats(clean):
-    repeats(make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]), "dropout", clean)
+    repeats(DEFENSES["fine-tuning"](**QUICK["fine-tuning"]), "dropout", clean)
 
 
 @methods
@@ -197,7 +196,7 @@ def test_the_caller_sees_no_change_when_a_layer_raises(clean, method, name, at):
 @pytest.mark.parametrize(("method", "net"), WITHOUT_MEANING)
 def test_networks_without_meaning_for_a_method_are_refused(method, net, clean):
     with pytest.raises(ModelError, match=WITHOUT_MEANING[method, net]):
-        make(DEFENSES[method], QUICK[method]).repair(build(net), clean, GIVEN)
+        DEFENSES[method](**QUICK[method]).repair(build(net), clean, GIVEN)
 
 
 @methods
@@ -220,7 +219,7 @@ def test_a_network_with_more_than_weights_is_repaired_whatever_mode_the_caller_i
         net.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
         net.order = nn.Parameter(torch.tensor([3, 2, 1, 0]), requires_grad=False)
         net.register_forward_hook(lambda net, _, out: out[:, net.order] + 0 * net.mask.softmax(1).sum())
-        repair = make(DEFENSES[name], fields).repair(net, clean, GIVEN)
+        repair = DEFENSES[name](**fields).repair(net, clean, GIVEN)
     assert repair.record.values_changed > 0
     assert not any("NaN or infinity" in text for text in repair.record.warnings)
     assert torch.equal(repair.model.order, net.order)
@@ -231,13 +230,13 @@ def test_a_network_with_more_than_weights_is_repaired_whatever_mode_the_caller_i
 def test_a_network_that_cannot_be_copied_is_refused(clean):
     net = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(192, CLASSES)))
     with pytest.raises(ModelError, match="the network cannot be copied, because a weight of it is computed"):
-        make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]).repair(net, clean, GIVEN)
+        DEFENSES["fine-tuning"](**QUICK["fine-tuning"]).repair(net, clean, GIVEN)
 
 
 @pytest.mark.parametrize("name", ["rnp", "fine-tuning", "auto"])
 def test_methods_look_for_themselves(clean, name):
     net = train(build("batchnorm"), clean, epochs=3)
-    repair = make(DEFENSES[name], QUICK[name]).repair(net, clean)
+    repair = DEFENSES[name](**QUICK[name]).repair(net, clean)
     assert repair.record.diagnosis is not None
     assert repair.record.status in ("repaired", "nothing_to_repair", "inconclusive", "failed")
     unchanged = same(repair.model.state_dict(), net.state_dict())
@@ -246,7 +245,7 @@ def test_methods_look_for_themselves(clean, name):
 
 @methods
 def test_method_round_trip(method):
-    assert make(type(method), describe(method)) == method
+    assert type(method)(**describe(method)) == method
     assert untrojan.repair.__module__ == "untrojan"
     with pytest.raises(AttributeError):
         method.name = "other"
@@ -276,7 +275,7 @@ def test_nan_weights_are_refused(method, clean):
 
 
 def test_the_function_is_the_method(clean):
-    method = make(RNP, QUICK["rnp"])
+    method = RNP(**QUICK["rnp"])
     one = untrojan.repair(build("plain"), clean, method=method, diagnosis=GIVEN, seed=2)
     assert same(one.model.state_dict(), method.repair(build("plain"), clean, GIVEN, 2).model.state_dict())
 
@@ -316,7 +315,7 @@ def test_source_gives_keys_and_types(tmp_path, clean):
     del tensors["1.num_batches_tracked"]
     save_state(tmp_path / "half.safetensors", tensors)
     source = Checkpoint.read(tmp_path / "half.safetensors")
-    repair = make(RNP, QUICK["rnp"]).repair(source.into(net), clean, GIVEN, source=source)
+    repair = RNP(**QUICK["rnp"]).repair(source.into(net), clean, GIVEN, source=source)
     assert (repair.record.model.path, repair.record.model.sha256) == (source.path, source.sha256)
     assert repair.record.model.state_sha256 == state_sha256(source.tensors)
     repair.save(tmp_path / "run")
@@ -335,7 +334,7 @@ def test_what_is_judged_is_what_a_file_of_a_coarser_type_will_hold(tmp_path, cle
     net = source.into(net)
     if wrapped:
         net = nn.Sequential(OrderedDict(module=net))
-    repair = make(DEFENSES["fine-tuning"], QUICK["fine-tuning"]).repair(net, clean, GIVEN, source=source)
+    repair = DEFENSES["fine-tuning"](**QUICK["fine-tuning"]).repair(net, clean, GIVEN, source=source)
     repair.save(tmp_path / "run")
     child = Checkpoint.read(tmp_path / "run" / "repaired.safetensors")
     assert repair.record.values_changed > 0
@@ -344,7 +343,7 @@ def test_what_is_judged_is_what_a_file_of_a_coarser_type_will_hold(tmp_path, cle
 
 def test_what_is_saved_is_what_came_out(tmp_path, clean):
     net = build("batchnorm")
-    repair = make(RNP, QUICK["rnp"]).repair(net, clean, GIVEN)
+    repair = RNP(**QUICK["rnp"]).repair(net, clean, GIVEN)
     for model in (net, repair.model):
         with torch.no_grad():
             for value in model.state_dict().values():
@@ -405,7 +404,7 @@ def test_nothing_stays_behind_when_writing_fails(tmp_path, monkeypatch, there, b
 # What the base does for a method
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Looks(Defense):
     """Sees how the weights of the first convolution lie in memory, and changes them."""
 
@@ -452,7 +451,7 @@ def test_a_network_is_repaired_with_the_channels_last_and_given_back_as_usual(cl
     assert all(weights.is_contiguous() for net in (net, repair.model) for weights in net.parameters())
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Rude(Defense):
     """Breaks one rule of the house."""
 
@@ -516,12 +515,22 @@ def test_half_results_do_not_come_out(rule, error, text):
 
 @pytest.mark.usefixtures("no_checks")
 def test_after_an_inconclusive_scan_nothing_is_called_repaired(clean):
-    method = make(DEFENSES["fine-tuning"], QUICK["fine-tuning"])
+    method = DEFENSES["fine-tuning"](**QUICK["fine-tuning"])
     sure = method.repair(build("batchnorm"), clean, GIVEN)
     unsure = method.repair(build("batchnorm"), clean, GIVEN.model_copy(update={"verdict": "inconclusive"}))
     assert (sure.record.status, unsure.record.status) == ("repaired", "inconclusive")
     assert same(sure.model.state_dict(), unsure.model.state_dict())
     assert unsure.record.reason.startswith(f"{sure.record.reason}, but ")
+
+
+@pytest.mark.usefixtures("no_checks")
+@pytest.mark.parametrize("verdict", ["found", "not_found"])
+def test_nothing_is_called_repaired_or_sound_where_the_model_is_wrong_on_most_clean_images(clean, monkeypatch, verdict):
+    monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: GIVEN.model_copy(update={"verdict": verdict}))
+    net, method = train(build("plain"), clean), DEFENSES["fine-tuning"](**QUICK["fine-tuning"])
+    firm = "repaired" if verdict == "found" else "nothing_to_repair"
+    assert method.repair(net, clean).record.status == firm
+    assert method.repair(net, CleanSet(clean.images, clean.labels.roll(1))).record.status == "inconclusive"
 
 
 def test_a_method_that_changes_nothing_warns():
@@ -536,7 +545,7 @@ def test_a_method_that_changes_nothing_warns():
 def test_a_model_that_is_right_by_chance_is_told_once(clean, given, monkeypatch):
     monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: GIVEN)
     told = Rude(rule="nothing").repair(build("batchnorm"), clean, given).record.warnings
-    assert sum(text.startswith("the model is right on 8 of 32 clean images, which may be chance") for text in told) == 1
+    assert sum(text.startswith("the model is right on 8 of 32 clean images, which is less") for text in told) == 1
 
 
 def test_warnings_reach_the_caller_and_the_record():

@@ -21,7 +21,7 @@ from untrojan.lab.evaluate import evaluate
 from untrojan.lab.recipe import Recipe, make_victim
 from untrojan.model import correct
 from untrojan.record import Diagnosis
-from untrojan.registry import discover, make
+from untrojan.registry import discover
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.samples import screen
 from untrojan.scanners.scanner import Scanner
@@ -151,7 +151,7 @@ class TestWhateverTheCallerHasSet:
     @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
     @pytest.mark.parametrize("name", ["i-bau", "nad", "neural-cleanse"])
     def test_repairs_without_gradients(self, name, off):
-        net, clean, method = build("batchnorm"), make_clean(), make(DEFENSES[name], QUICK[name])
+        net, clean, method = build("batchnorm"), make_clean(), DEFENSES[name](**QUICK[name])
         wanted = method.repair(net, clean, GIVEN).record
         with off():
             assert method.repair(net, make_clean(), GIVEN).record.repaired == wanted.repaired
@@ -159,7 +159,7 @@ class TestWhateverTheCallerHasSet:
     @pytest.mark.usefixtures("no_checks")
     @pytest.mark.parametrize("name", ["npd", "nft", "neural-cleanse"])
     def test_repairs_in_float64(self, name, request):
-        net, clean, method = build("batchnorm"), make_clean(), make(DEFENSES[name], QUICK[name])
+        net, clean, method = build("batchnorm"), make_clean(), DEFENSES[name](**QUICK[name])
         wanted = method.repair(net, clean, GIVEN).record
         request.getfixturevalue("float64")
         assert method.repair(net, clean, GIVEN).record.repaired == wanted.repaired
@@ -167,7 +167,7 @@ class TestWhateverTheCallerHasSet:
     @pytest.mark.usefixtures("short_searches")
     @pytest.mark.parametrize("name", SCANNERS)
     def test_scans(self, name, request):
-        net, clean, scanner = build("batchnorm"), make_clean(), make(SCANNERS[name], SHORT[name])
+        net, clean, scanner = build("batchnorm"), make_clean(), SCANNERS[name](**SHORT[name])
         wanted = scanner.scan(net, clean)
         with torch.inference_mode():
             assert scanner.scan(net, clean) == wanted
@@ -176,7 +176,7 @@ class TestWhateverTheCallerHasSet:
 
     def test_screenings(self, request):
         net, clean = build("batchnorm"), make_clean()
-        detectors = [make(cls, SHORT.get(name, {})) for name, cls in DETECTORS.items()]
+        detectors = [cls(**SHORT.get(name, {})) for name, cls in DETECTORS.items()]
         wanted = screen(net, clean, clean, detectors=detectors, diagnosis=GIVEN).scores
         with torch.inference_mode():
             scores = screen(net, clean, clean, detectors=detectors, diagnosis=GIVEN).scores
@@ -225,7 +225,7 @@ class TestGPU:
             pytest.skip("the method has no meaning for this network and says so")
         model = there(build(net))
         before = Snapshot(model)
-        repair = make(DEFENSES[name], QUICK[name]).repair(model, make_clean(), GIVEN)
+        repair = DEFENSES[name](**QUICK[name]).repair(model, make_clean(), GIVEN)
         before.assert_same()
         assert places(repair.model) == {GPU}
         assert repair.record.environment["device"] == torch.cuda.get_device_name(GPU)
@@ -237,7 +237,7 @@ class TestGPU:
     @pytest.mark.parametrize("name", SCANNERS)
     def test_every_scanner_scans_there(self, name):
         model, clean = backdoored(7)
-        record = make(SCANNERS[name], SHORT[name]).examine(there(model), clean.take(range(100)))
+        record = SCANNERS[name](**SHORT[name]).examine(there(model), clean.take(range(100)))
         assert record.environment["device"] == torch.cuda.get_device_name(GPU)
         assert record.diagnosis.verdict in ("found", "not_found", "inconclusive")
 
@@ -256,7 +256,7 @@ class TestGPU:
     def test_samples_are_screened_there(self):
         model, clean = backdoored(7)
         given = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
-        detectors = [make(cls, SHORT.get(name, {})) for name, cls in DETECTORS.items()]
+        detectors = [cls(**SHORT.get(name, {})) for name, cls in DETECTORS.items()]
         done = screen(there(model), clean, clean, detectors=detectors, diagnosis=given)
         assert all(len(scores) == len(clean) for scores in done.scores.values())
         assert torch.equal(done.predicted == clean.labels, correct(model, clean))

@@ -2,6 +2,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -213,6 +214,11 @@ def test_nan_on_triggered_images_alone_is_refused():
     evaluate(Fragile(), make_set())
     with pytest.raises(ModelError, match="finite logits"):
         evaluate(Fragile(), make_set(), ATTACK, 0)
+
+
+def test_a_target_of_numpy_is_one_of_python():
+    ours, theirs = (evaluate(make_model(), make_set(), ATTACK, target) for target in (1, np.int64(1)))
+    assert theirs.model_dump_json() == ours.model_dump_json()
 
 
 @pytest.mark.parametrize("target", [-1, K, "all-to-one"])

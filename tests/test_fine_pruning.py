@@ -13,7 +13,6 @@ from untrojan.defenses.fine_pruning import FinePruning, _activations
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.model import correct, logits
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -61,7 +60,7 @@ def test_fine_tuning_written_out(clean):
     """Weights that were pruned are put back to 0 after every step; all else descends as usual."""
     net = train(build("batchnorm"), clean, epochs=4)
     method = FinePruning(prune_budget=0.3, lr=0.05, epochs=3, weight_decay=0.01, batch_size=8)
-    keep = ~zero_columns(tuned(make(FinePruning, STILL | {"prune_budget": 0.3}), net, clean)[-1][-1])
+    keep = ~zero_columns(tuned(FinePruning(**STILL | {"prune_budget": 0.3}), net, clean)[-1][-1])
     assert 0 < keep.sum() < len(keep)
     slow = copy.deepcopy(net).train()
     slow[-1][-1].weight.data *= keep
@@ -235,4 +234,4 @@ def test_divergence_ends_finite(name, clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^fine-pruning: `{next(iter(fields))}`"):
-        make(FinePruning, fields)
+        FinePruning(**fields)

@@ -11,7 +11,6 @@ from torch.nn import functional
 from untrojan.defenses.fine_tuning import FineTuning
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 from untrojan.speed import lay_out
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
@@ -134,4 +133,4 @@ def test_divergence_in_a_single_step_goes_back_too(name, epochs):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^fine-tuning: `{next(iter(fields))}`"):
-        make(FineTuning, fields)
+        FineTuning(**fields)

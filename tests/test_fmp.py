@@ -15,7 +15,6 @@ from untrojan.defenses.fmp import BATCH, FMP, Ranking
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -308,7 +307,7 @@ def test_divergence_does_not_crash():
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^fmp: `{next(iter(fields))}`"):
-        make(FMP, fields)
+        FMP(**fields)
 
 
 @pytest.mark.parametrize("most", [40, 4])

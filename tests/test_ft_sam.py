@@ -15,7 +15,6 @@ from untrojan.defenses.tuning import moved
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.model import call_with
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 
@@ -148,4 +147,4 @@ def test_divergence_goes_back(clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^ft-sam: `{next(iter(fields))}`"):
-        make(FTSAM, fields)
+        FTSAM(**fields)

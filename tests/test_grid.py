@@ -363,7 +363,7 @@ def test_images_are_shared_pixel_for_pixel_whatever_they_are_kept_as():
 
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"samples_per_class": 0}, {"images": 3}])
 def test_settings_are_checked(bad):
-    with pytest.raises(ValueError, match="Setting"):
+    with pytest.raises(ConfigError, match=r"^Setting: "):
         Setting(**bad)
 
 

@@ -15,7 +15,6 @@ from untrojan.defenses import ibau
 from untrojan.defenses.ibau import IBAU, _Perturbation
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 from untrojan.run import choosing
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
@@ -281,4 +280,4 @@ def test_few_images_mean_a_step(count, batch_size):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^i-bau: `{next(iter(fields))}`"):
-        make(IBAU, fields)
+        IBAU(**fields)

@@ -2,6 +2,8 @@ import contextlib
 import random
 import warnings
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import torch
 from tiny import CLASSES, NETS, Returns, Snapshot, build, make_clean
 from torch import nn
 
+import untrojan
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError, ModelError, UnreliableWarning
-from untrojan.model import Normalize, check, copied, correct, evaluating, logits, require, tapped, warn_of_chance
+from untrojan.model import Normalize, accuracy_of, check, copied, correct, evaluating, logits, require, tapped
 from untrojan.randomness import seeded
+from untrojan.record import Rate
 
 
 def relabelled(clean, change):
@@ -125,6 +129,62 @@ def test_problems(name):
     with pytest.raises(error, match=text):
         require(net, clean)
     assert before.shape == before._shape()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        untrojan.check,
+        untrojan.scan,
+        untrojan.repair,
+        partial(untrojan.repair, method=untrojan.CLP()),
+        lambda model, clean: untrojan.screen(model, clean, make_clean()),
+    ],
+    ids=["check", "scan", "repair", "data-free repair", "screen"],
+)
+@pytest.mark.parametrize(
+    ("model", "clean", "error", "text"),
+    [
+        (
+            "a.pt",
+            make_clean(),
+            ModelError,
+            "expected a network, a torch.nn.Module, got str; untrojan.load opens a file",
+        ),
+        (Path("a.pt"), make_clean(), ModelError, "got PosixPath; untrojan.load"),
+        (
+            build("plain"),
+            "images",
+            DataError,
+            "expected clean images as a CleanSet, got str; CleanSet.load reads files",
+        ),
+        (build("plain"), Path("images"), DataError, "got PosixPath; CleanSet.load"),
+        (
+            build("plain"),
+            (make_clean().images, make_clean().labels),
+            DataError,
+            "got tuple; .* CleanSet.of takes a pair",
+        ),
+    ],
+)
+def test_what_is_no_network_and_no_clean_set(call, model, clean, error, text):
+    with pytest.raises(error, match=text):
+        call(model, clean)
+
+
+@pytest.mark.parametrize(
+    ("call", "method", "text"),
+    [
+        (untrojan.repair, "rnp", r"expected a Defense as method, such as untrojan.Auto\(\), got 'rnp'"),
+        (untrojan.repair, untrojan.RNP, "expected a Defense as method"),
+        (untrojan.repair, untrojan.TriggerScanner(), r"got TriggerScanner\("),
+        (untrojan.scan, "", r"expected a Scanner as method, such as untrojan.TriggerScanner\(\), got ''"),
+        (untrojan.scan, untrojan.RNP(), r"expected a Scanner as method, .* got RNP\("),
+    ],
+)
+def test_what_is_no_method(call, method, text):
+    with pytest.raises(ConfigError, match=text):
+        call(build("plain"), make_clean(), method=method)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -247,16 +307,28 @@ def test_a_negative_seed_is_refused():
         pass
 
 
-@pytest.mark.parametrize(("right", "warned"), [(0, True), (10, True), (15, True), (17, False), (40, False)])
-def test_a_model_that_is_right_no_more_often_than_by_chance_is_told(right, warned):
-    said = torch.arange(40) % 4
-    images = nn.functional.one_hot(said, 4).float().view(40, 4, 1, 1)
-    clean = CleanSet(images, torch.where(torch.arange(40) < right, said, (said + 1) % 4))
+@pytest.mark.parametrize(
+    ("classes", "right", "doubted"),
+    [
+        *((4, right, doubted) for right, doubted in ((0, True), (15, True), (17, False), (40, False))),
+        *((20, right, doubted) for right, doubted in ((13, True), (14, False))),
+        *((2, right, doubted) for right, doubted in ((20, True), (27, False))),
+    ],
+)
+def test_a_model_that_is_right_on_less_than_half_or_maybe_by_chance_is_doubted(classes, right, doubted):
+    said = torch.arange(40) % classes
+    images = nn.functional.one_hot(said, classes).float().view(40, classes, 1, 1)
+    clean = CleanSet(images, torch.where(torch.arange(40) < right, said, (said + 1) % classes))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        warn_of_chance(Returns(lambda images: images.flatten(1)), clean)
-    assert [each.category for each in told] == [UnreliableWarning] * warned
-    assert all(f"is right on {right} of 40 clean images" in str(each.message) for each in told)
+        accuracy, doubt = accuracy_of(nn.Flatten(), clean)
+    assert accuracy == Rate.of(right, 40)
+    assert [each.category for each in told] == [UnreliableWarning] * doubted
+    assert bool(doubt) == doubted
+    for each in told:
+        assert f"the model is right on {right} of 40 clean images" in doubt
+        assert str(each.message).startswith(f"{doubt}: check ")
+        assert all(cause in str(each.message) for cause in ("--mean and --std", "the order of its classes"))
 
 
 @pytest.mark.parametrize("most", [7, 1])

@@ -11,7 +11,6 @@ from untrojan.augmentation import crop_flip
 from untrojan.defenses.nad import NAD
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 from untrojan.sources import nets
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
@@ -277,4 +276,4 @@ def test_divergence_leaves_numbers(name, clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^nad: `{next(iter(fields))}`"):
-        make(NAD, fields)
+        NAD(**fields)

@@ -15,7 +15,6 @@ from untrojan.defenses.neural_cleanse import NeuralCleanse
 from untrojan.errors import ConfigError, UnreliableWarning
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 from untrojan.scanners.neural_cleanse import SoftPatch, anomaly_index, cleanse
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
@@ -334,7 +333,7 @@ def test_a_patch_that_worked_in_its_epoch_is_not_complained_of(clean, monkeypatc
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^neural-cleanse: `{next(iter(fields))}`"):
-        make(NeuralCleanse, fields)
+        NeuralCleanse(**fields)
 
 
 def test_classes_are_those_of_the_model(clean):

@@ -14,7 +14,6 @@ from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -145,4 +144,4 @@ def test_nothing_to_mask(clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^nft: `{next(iter(fields))}`"):
-        make(NFT, fields)
+        NFT(**fields)

@@ -13,7 +13,6 @@ from untrojan.defenses.npd import NPD, _fold, _likeliest_wrong, _log_other
 from untrojan.errors import ConfigError, ModelError
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -337,4 +336,4 @@ def test_few_images_mean_a_step(count, batch_size):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^npd: `{next(iter(fields))}`"):
-        make(NPD, fields)
+        NPD(**fields)

@@ -13,7 +13,6 @@ from untrojan.defenses.clp import CLP
 from untrojan.errors import ConfigError, ModelError
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 from untrojan.sources.architectures import PreActResNet18, SmallVGG
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("short_searches")]
@@ -203,7 +202,7 @@ def test_budget_goes_on_to_one_deviation(cls):
 @pytest.mark.parametrize("fields", [{"threshold": 0}, {"threshold": -3}, {"count": -1}, {"budget": 1}, {"folds": 1}])
 def test_fields_out_of_range(cls, fields):
     with pytest.raises(ConfigError, match=f"^{cls.name}: `{next(iter(fields))}`"):
-        make(cls, fields)
+        cls(**fields)
 
 
 def test_images_are_judged_on_whole_for_clp():

@@ -4,8 +4,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from tiny import DEFENSES, GIVEN, QUICK, Returns, backdoored, build, make_clean
 from torch import nn
 
@@ -17,14 +15,14 @@ from untrojan.defenses.pruning import Pruning
 from untrojan.errors import UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
+from untrojan.registry import config
 
 pytestmark = pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 
 NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class InOrder(Pruning):
     """Scores neurons by their place in the network."""
 
@@ -113,7 +111,7 @@ def test_surrogates_tell_what_is_left_of_a_backdoor():
 def test_scores_are_judged_on_images_that_they_were_not_learned_on(name, monkeypatch):
     clean, learned, judged = make_clean(24), [], []
     cls = DEFENSES[name]
-    method = make(cls, {"folds": 3, **{field: 1 for field in ("iterations",) if hasattr(cls, field)}})
+    method = cls(**{"folds": 3, **{field: 1 for field in ("iterations",) if hasattr(cls, field)}})
     score, sweep = cls.score, pruning.sweep
 
     def places(images: CleanSet) -> set[int]:
@@ -143,7 +141,7 @@ def test_scores_are_judged_on_images_that_they_were_not_learned_on(name, monkeyp
 def test_the_bias_of_a_pruned_channel_stays_or_goes_as_asked(name, zero_bias):
     net = build("batchnorm")
     fields = {key: value for key, value in QUICK[name].items() if key != "count"}
-    repair = make(DEFENSES[name], fields | {"count": 4, "zero_bias": zero_bias}).repair(net, make_clean(), GIVEN)
+    repair = DEFENSES[name](**fields | {"count": 4, "zero_bias": zero_bias}).repair(net, make_clean(), GIVEN)
     before, after = net.state_dict(), repair.model.state_dict()
     cut = {each.name: each.changed for each in repair.record.layers if each.changed}
     assert sum(map(len, cut.values())) == 4
@@ -155,7 +153,7 @@ def test_the_bias_of_a_pruned_channel_stays_or_goes_as_asked(name, zero_bias):
 
 def test_published_clp_alone_takes_the_bias():
     prunings = {name: cls for name, cls in DEFENSES.items() if issubclass(cls, Pruning)}
-    assert {name: make(cls, {}).zero_bias for name, cls in prunings.items()} == {
+    assert {name: cls().zero_bias for name, cls in prunings.items()} == {
         "anp": False,
         "bnp": False,
         "clp": True,

@@ -59,6 +59,10 @@ def without_times(record):
 
 
 class TestRecord:
+    def test_a_target_of_numpy_is_one_of_python(self):
+        ours, theirs = (make(target=target, recipe=Recipe(epochs=1)).record for target in (1, np.int64(1)))
+        assert without_times(theirs) == without_times(ours)
+
     def test_it_holds_what_was_done_and_what_came_out(self):
         data, test = two_kinds(), two_kinds(20)
         victim = make(data=data, test=test, seed=3)
@@ -249,7 +253,7 @@ def test_what_does_not_fit_is_refused(options, error, message):
     ],
 )
 def test_a_recipe_checks_its_values(values, field):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ConfigError, match=field):
         Recipe(**values)
 
 

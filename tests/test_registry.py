@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from untrojan.defenses.defense import Defense
+from untrojan.defenses.rnp import RNP
 from untrojan.defenses.tuning import Tuning
 from untrojan.errors import ConfigError
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.additive import Additive
 from untrojan.lab.attacks.badnets import BadNets
-from untrojan.registry import describe, discover, documentation, fields, identity, make, parse
+from untrojan.lab.recipe import Recipe
+from untrojan.registry import config, describe, discover, documentation, fields, identity, parse
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.scanner import Scanner
 
@@ -27,7 +28,7 @@ class Cook(ABC):
     def cook(self): ...
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Stew(Cook):
     """Slow food.
 
@@ -44,7 +45,7 @@ class Stew(Cook):
     def cook(self): ...
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Soup(Stew):
     """Thin food.
 
@@ -65,15 +66,14 @@ class Soup(Stew):
 
 METHOD = """
 from typing import ClassVar
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from untrojan.lab.attack import Attack
 from untrojan.lab.attacks.badnets import BadNets
+from untrojan.registry import config
 
 class Abstract(Attack):
     name: ClassVar[str] = "abstract"
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Found(Attack):
     {name}
     size: int = 1
@@ -178,9 +178,28 @@ def test_parse_says_what_is_wrong_with_a_spec(spec, text):
     assert text in str(error.value)
 
 
-def test_make_tells_about_all_fields_at_once():
+def test_a_wrong_call_tells_about_all_fields_at_once():
     with pytest.raises(ConfigError, match=r"stew: .*`hours`: .*; `pot` must be given; `lid` is not a field"):
-        make(Stew, {"hours": 0, "lid": True})
+        Stew(hours=0, lid=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: RNP(nosuch=1), r"^rnp: `nosuch` is not a field; it takes budget=0.02, .*recover_epochs=20"),
+        (lambda: RNP(unlearn_epochs="many"), "^rnp: `unlearn_epochs`: .* valid integer, .*got 'many'; it takes "),
+        (lambda: Recipe(epoch=3), "^Recipe: `epoch` is not a field; it takes epochs=30, "),
+        (lambda: dataclasses.replace(RNP(), budget=2), "^rnp: `budget`: .*less than 1, got 2; it takes "),
+    ],
+)
+def test_a_wrong_call_is_a_config_error(call, text):
+    with pytest.raises(ConfigError, match=text):
+        call()
+
+
+def test_fields_are_given_by_name_alone():
+    with pytest.raises(TypeError, match=r"RNP.__init__\(\) takes 1 positional argument"):
+        RNP(0.1)
 
 
 def test_fields_give_types_defaults_and_help():
@@ -284,7 +303,7 @@ def test_describe_is_json_and_builds_the_same_again(tmp_path):
         "spices": ["salt"],
         "secret": 0.5,
     }
-    assert make(Soup, json.loads(json.dumps(told))) == soup
+    assert Soup(**json.loads(json.dumps(told))) == soup
 
 
 def test_the_identity_of_a_method_is_what_its_files_hold(tmp_path):

@@ -15,7 +15,6 @@ from PIL import Image
 from sarif_schema import SCHEMA
 from tiny import DEFENSES, GIVEN, QUICK, build, make_clean
 
-from untrojan import registry
 from untrojan.defenses.outliers import Outliers
 from untrojan.defenses.pruning import Pruning
 from untrojan.record import (
@@ -485,6 +484,11 @@ def test_same_record_gives_the_same_page(pages):
             "Backdoor found: target labels 2 (bird), 4 (deer).",
             "✕ Found",
         ),
+        (
+            scanned(ALL_TO_ALL.model_copy(update={"verdict": "inconclusive"})),
+            "Inconclusive; the most suspicious label is 0 (airplane).",
+            "? Inconclusive",
+        ),
         (scanned(ALL_TO_ALL), "Backdoor found, with a target for every class and no single one.", "✕ Found"),
         (scanned(CLEARED), "No backdoor found.", "✓ Not found"),
         (
@@ -599,7 +603,7 @@ def test_the_chosen_point_is_named_beside_the_chart_where_it_covers_nothing(page
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 @pytest.mark.usefixtures("no_checks")
 def test_the_page_says_what_the_scores_of_the_method_are(name):
-    method = registry.make(DEFENSES[name], QUICK[name])
+    method = DEFENSES[name](**QUICK[name])
     page = Page(page_of(method.repair(build("batchnorm"), make_clean(), GIVEN).record))
     (meaning,) = re.findall(r"A score is (.*?)\.", page.text())
     assert ("standard deviations" in meaning) == issubclass(DEFENSES[name], Outliers)
@@ -701,6 +705,15 @@ def test_charts_survive_a_record_without_numbers():
             "deviations below the median of the labels.",
         ),
         (
+            FOUND.model_copy(update={"verdict": "inconclusive", "accuracy": Rate.of(3, 40)}),
+            "The model is right on 3 of 40 clean images (95% interval 2.6% to 19.9%). The patch that sends images to "
+            "label 8 (ship) replaces 3.2 pixels; ",
+        ),
+        (
+            REACHED.model_copy(update={"accuracy": Rate.of(40, 40)}),
+            "The model is right on 40 of 40 clean images (95% interval 91.2% to 100.0%). Triggers reach furthest",
+        ),
+        (
             patches([41, 43, 45], missed=(0, 2)),
             "For 2 of 3 labels no patch was found that sends enough images there.",
         ),
@@ -710,7 +723,7 @@ def test_charts_survive_a_record_without_numbers():
         ),
     ],
 )
-def test_evidence_in_one_sentence(diagnosis, sentence):
+def test_evidence_in_words(diagnosis, sentence):
     assert evidence(scanned(diagnosis)).startswith(sentence)
 
 
@@ -828,6 +841,7 @@ def test_a_finding_in_sarif():
     assert result["properties"]["scores"]["8 (ship)"] == FOUND.targets[0].score
     assert len(result["properties"]["scores"]) == 10
     assert run["invocations"][0]["commandLine"] == record.command
+    assert "accuracy" not in run["properties"]
     assert run["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"] == "few images"
 
 
@@ -845,8 +859,9 @@ def test_a_class_name_is_neither_a_link_nor_a_placeholder_in_sarif():
 
 
 def test_no_finding_and_an_open_question_in_sarif():
-    cleared = log_of(scanned(CLEARED))["runs"][0]
+    cleared = log_of(scanned(CLEARED.model_copy(update={"accuracy": Rate.of(39, 40)})))["runs"][0]
     assert (cleared["results"], cleared["properties"]["verdict"]) == ([], "not_found")
+    assert cleared["properties"]["accuracy"] == Rate.of(39, 40).model_dump()
     (result,) = log_of(scanned(patches([40, 41, 30], missed=(0,))))["runs"][0]["results"]
     assert (result["ruleId"], result["ruleIndex"], result["level"]) == ("backdoor-inconclusive", 1, "warning")
     assert list(result["properties"]["scores"]) == ["2 (bird)", "1 (automobile)"]

@@ -13,7 +13,6 @@ from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.mask import Mask
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Record, Target
-from untrojan.registry import make
 from untrojan.scanners import unlearning
 from untrojan.scanners.unlearning import UnlearningScanner
 
@@ -29,7 +28,7 @@ def same(one, other):
 
 
 def rnp(**fields):
-    return make(RNP, {"unlearn_epochs": 4, "recover_epochs": 4} | fields)
+    return RNP(**{"unlearn_epochs": 4, "recover_epochs": 4} | fields)
 
 
 def few_digits():
@@ -189,8 +188,8 @@ def test_pruning_takes_the_backdoor():
 
 def test_released_needs_a_rule():
     with pytest.raises(ConfigError, match="the released code has no such rule; give select threshold or count"):
-        make(RNP, {"variant": "released"})
-    assert make(RNP, {"variant": "released", "select": "count"}).count == 20
+        RNP(variant="released")
+    assert RNP(variant="released", select="count").count == 20
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_released_needs_a_rule():
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^rnp: `{next(iter(fields))}`"):
-        make(RNP, fields)
+        RNP(**fields)
 
 
 @pytest.mark.parametrize("variant", ["fixed", "released"])

@@ -19,7 +19,7 @@ from untrojan.errors import ConfigError, DataError, ModelError
 from untrojan.model import logits
 from untrojan.progress import Lines, reporting
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import describe, discover, make
+from untrojan.registry import describe, discover
 from untrojan.scanners.detectors.activation_clustering import ActivationClustering, reduced, signed_silhouette
 from untrojan.scanners.detectors.cognitive_distillation import CognitiveDistillation
 from untrojan.scanners.detectors.detector import Detector
@@ -37,7 +37,7 @@ UNKNOWN = Diagnosis(verdict="inconclusive", rule="told", targets=[], runs=[])
 FOUND = Diagnosis(verdict="found", rule="told", targets=[Target(label=7, score=0.9)], runs=[])
 
 detectors = pytest.mark.parametrize(
-    "detector", [make(cls, QUICK.get(name, {})) for name, cls in DETECTORS.items()], ids=DETECTORS
+    "detector", [cls(**QUICK.get(name, {})) for name, cls in DETECTORS.items()], ids=DETECTORS
 )
 
 
@@ -255,7 +255,7 @@ def test_a_network_that_changes_itself_is_not_called(clean, detector):
 
 @detectors
 def test_round_trip(detector):
-    assert make(type(detector), json.loads(json.dumps(describe(detector)))) == detector
+    assert type(detector)(**json.loads(json.dumps(describe(detector)))) == detector
     assert type(detector).__doc__.count("References:") == 1
 
 
@@ -280,7 +280,7 @@ def test_batches_do_not_matter(detector, batch_size):
     if detector.name == "unlearned":
         pytest.skip("batches of the unlearning itself have this size")
     clean = make_clean(32)
-    other = make(type(detector), describe(detector) | {"batch_size": batch_size})
+    other = type(detector)(**describe(detector) | {"batch_size": batch_size})
     expected, scores = (each.score(build("plain"), clean, Suspects.of(clean), UNKNOWN) for each in (detector, other))
     assert torch.allclose(scores, expected, atol=1e-4)
 
@@ -353,7 +353,7 @@ def test_a_stream_is_what_is_in_memory(folder, monkeypatch):
     assert torch.equal(streamed.take(torch.tensor([40, 3, 3])).images, held.images[[40, 3, 3]])
     net, clean = build("batchnorm"), make_clean()
     for name, cls in DETECTORS.items():
-        how = make(cls, QUICK.get(name, {}) | {"batch_size": 8})
+        how = cls(**QUICK.get(name, {}) | {"batch_size": 8})
         expected = how.score(net, clean, Suspects.of(held), UNKNOWN)
         assert torch.equal(how.score(net, clean, streamed, UNKNOWN), expected), name
 

@@ -13,7 +13,6 @@ from untrojan.data import CleanSet
 from untrojan.defenses.sau import SAU, _jensen_shannon, _shared_loss
 from untrojan.errors import ConfigError
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -261,4 +260,4 @@ def test_a_network_without_normalization_or_convolution(clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^sau: `{next(iter(fields))}`"):
-        make(SAU, fields)
+        SAU(**fields)

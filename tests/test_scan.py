@@ -11,9 +11,10 @@ from tiny import CLASSES, UNLIKE, Counts, RaisesAt, Snapshot, backdoored, build,
 from torch import nn
 
 import untrojan
+from untrojan.data import CleanSet
 from untrojan.errors import DataError, ModelError, UnreliableWarning
-from untrojan.record import Diagnosis, ScanRecord, UnlearningPoint, UnlearningRun
-from untrojan.registry import describe, discover, make
+from untrojan.record import Diagnosis, Rate, ScanRecord, Target, UnlearningPoint, UnlearningRun
+from untrojan.registry import describe, discover
 from untrojan.scanners import neural_cleanse
 from untrojan.scanners.neural_cleanse import NeuralCleanseScanner, SoftPatch
 from untrojan.scanners.scanner import Scanner
@@ -30,7 +31,7 @@ QUICK = {
     "unlearning": {"unlearn_epochs": 2, "runs": 2},
 }
 
-scanners = pytest.mark.parametrize("scanner", [make(cls, QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
+scanners = pytest.mark.parametrize("scanner", [cls(**QUICK[name]) for name, cls in SCANNERS.items()], ids=SCANNERS)
 
 
 def test_the_target_of_a_backdoor_is_named():
@@ -92,7 +93,7 @@ def test_what_cannot_be_scanned(scanner):
 
 @scanners
 def test_round_trip(scanner):
-    assert make(type(scanner), describe(scanner)) == scanner
+    assert type(scanner)(**describe(scanner)) == scanner
 
 
 # The record
@@ -121,6 +122,20 @@ def test_the_function_is_the_scanner(clean, monkeypatch):
     assert untrojan.scan(net, clean, method=QUICKEST, seed=2).diagnosis == QUICKEST.scan(net, clean, 2)
     monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: diagnose([]))
     assert untrojan.scan(net, clean).method.name == "triggers"
+
+
+@pytest.mark.parametrize("verdict", ["found", "not_found"])
+def test_no_verdict_is_firm_where_the_model_is_wrong_on_most_clean_images(clean, monkeypatch, verdict):
+    seen = Diagnosis(verdict=verdict, rule="found: seen", targets=[Target(label=2, score=1.0)], runs=[])
+    monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: seen)
+    record = untrojan.scan(Shortcut(), clean)
+    assert record.diagnosis == seen.model_copy(update={"accuracy": Rate.of(32, 32)})
+    doubted = untrojan.scan(Shortcut(), CleanSet(clean.images, clean.labels.roll(1)))
+    assert (doubted.diagnosis.verdict, doubted.diagnosis.accuracy) == ("inconclusive", Rate.of(0, 32))
+    assert doubted.diagnosis.rule.startswith("inconclusive: the model is right on 0 of 32 clean images")
+    assert doubted.diagnosis.rule.endswith("; otherwise found: seen")
+    assert doubted.diagnosis.targets == seen.targets
+    assert ["--mean and --std" in each for each in doubted.warnings] == [True]
 
 
 def test_warnings_reach_the_record_and_the_caller(clean, monkeypatch):

@@ -9,14 +9,14 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from sarif_schema import SCHEMA
+from tiny import train
 
 import untrojan.cli.scan
 from untrojan.cli import run
+from untrojan.data import CleanSet
 from untrojan.record import Diagnosis, ScanRecord, Target
-from untrojan.registry import discover, fields
+from untrojan.registry import config, discover, fields
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.nets import build
@@ -32,7 +32,7 @@ QUICK = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Stub(Scanner):
     """Ends as it is told.
 
@@ -56,10 +56,13 @@ def stub(monkeypatch):
 
 @pytest.fixture
 def command(tmp_path):
-    """Build the arguments of a scan of an untrained model into `tmp_path / "out"`."""
+    """Build the arguments of a scan, into `tmp_path / "out"`, of a model that knows its images by heart."""
     torch.manual_seed(0)
-    save_state(tmp_path / "model.safetensors", build(NET).state_dict())
-    np.savez(tmp_path / "clean.npz", images=np.random.default_rng(0).random((40, 1, 8, 8)), labels=np.arange(40) % 10)
+    images = np.random.default_rng(0).random((40, 1, 8, 8), np.float32)
+    net = train(build(NET), CleanSet.of((images, np.arange(40) % 10)))
+    save_state(tmp_path / "model.safetensors", net.state_dict())
+    np.savez(tmp_path / "clean.npz", images=images, labels=np.arange(40) % 10)
+    np.savez(tmp_path / "mixed up.npz", images=images, labels=np.arange(1, 41) % 10)
 
     def arguments(*options, out=tmp_path / "out", model=tmp_path / "model.safetensors", clean=tmp_path / "clean.npz"):
         return [*map(str, ("scan", model, "--net", NET, "--clean", clean, "--out", out, *options))]
@@ -90,10 +93,23 @@ def talk(capsys):
 def test_exit_code_follows_the_verdict(command, talk, stub, tmp_path, verdict, code, words):
     came, out, err = talk(command("--verdict", verdict, "--quiet"))
     assert (came, err) == (code, "")
-    assert out.startswith(words)
+    assert out.startswith(f"{words}\nThe model is right on ")
     assert all(str(tmp_path / "out" / name) in out for name in FILES)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert json.loads((tmp_path / "out" / SARIF).read_text())["runs"][0]["properties"]["verdict"] == verdict
+
+
+@pytest.mark.parametrize("verdict", ["found", "not_found"])
+def test_a_model_that_is_wrong_on_its_clean_images_is_told(command, talk, stub, tmp_path, verdict):
+    code, out, err = talk(command("--verdict", verdict, clean=tmp_path / "mixed up.npz"))
+    assert code == 2
+    assert out.startswith("Inconclusive; the most suspicious label is 1\nThe model is right on 0 of 40 clean images")
+    assert "--mean and --std" in err
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert (record["diagnosis"]["verdict"], record["diagnosis"]["accuracy"]["count"]) == ("inconclusive", 0)
+    properties = json.loads((tmp_path / "out" / SARIF).read_text())["runs"][0]["properties"]
+    assert properties["accuracy"] == record["diagnosis"]["accuracy"]
+    assert "The model is right on 0 of 40 clean images" in (tmp_path / "out" / REPORT).read_text()
 
 
 @pytest.mark.usefixtures("short_searches")

@@ -14,7 +14,6 @@ from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import correct
 from untrojan.record import Diagnosis, Target
-from untrojan.registry import make
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
 
@@ -23,7 +22,7 @@ STILL = {"epochs": 1, "lr": 1e-12}
 
 
 def tsbd(**fields):
-    return make(TSBD, {"unlearn_epochs": 3, "unlearn_lr": 0.01, "epochs": 2} | fields)
+    return TSBD(**{"unlearn_epochs": 3, "unlearn_lr": 0.01, "epochs": 2} | fields)
 
 
 def tuned(method, net, clean, held=None, seed=0):
@@ -234,4 +233,4 @@ def test_nothing_to_rank(clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^tsbd: `{next(iter(fields))}`"):
-        make(TSBD, fields)
+        TSBD(**fields)

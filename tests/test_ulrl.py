@@ -14,7 +14,6 @@ from untrojan.defenses.tuning import sgd_cosine
 from untrojan.defenses.ulrl import ULRL
 from untrojan.errors import ConfigError, ModelError, UnreliableWarning
 from untrojan.record import Diagnosis, Target, UnlearningRun
-from untrojan.registry import make
 from untrojan.scanners.unlearning import UnlearnedModel, Unlearning, UnlearningScanner
 
 pytestmark = [pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning"), pytest.mark.usefixtures("no_checks")]
@@ -265,7 +264,7 @@ def test_divergence_leaves_numbers(name, fields, clean):
 )
 def test_fields_out_of_range(fields):
     with pytest.raises(ConfigError, match=f"^ulrl: `{next(iter(fields))}`"):
-        make(ULRL, fields)
+        ULRL(**fields)
 
 
 def test_one_image_per_class():

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from untrojan.errors import ConfigError, ModelError
 from untrojan.model import check
 from untrojan.record import Target
-from untrojan.registry import discover, make
+from untrojan.registry import discover
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.suspects import Suspects
@@ -101,7 +101,7 @@ nets = pytest.mark.parametrize("kind", NETS)
 def test_methods_repair_it_or_say_why_not(name, kind, clean):
     torch.manual_seed(2)
     net = kind().eval()
-    before, method = Snapshot(net), make(DEFENSES[name], QUICK[name])
+    before, method = Snapshot(net), DEFENSES[name](**QUICK[name])
     if (name, kind) in SAYS:
         with pytest.raises(ModelError, match=SAYS[name, kind]):
             method.repair(net, clean, GIVEN)
@@ -113,14 +113,14 @@ def test_methods_repair_it_or_say_why_not(name, kind, clean):
 @nets
 @pytest.mark.parametrize("name", SCANNERS)
 def test_scanners_scan_it(name, kind):
-    record = make(SCANNERS[name], SHORT[name]).examine(kind().eval(), make_clean())
+    record = SCANNERS[name](**SHORT[name]).examine(kind().eval(), make_clean())
     assert record.model.classes == CLASSES
 
 
 @nets
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_score_with_it(name, kind, clean):
-    scores = make(DETECTORS[name], SHORT.get(name, {})).score(kind().eval(), clean, Suspects.of(clean), GIVEN)
+    scores = DETECTORS[name](**SHORT.get(name, {})).score(kind().eval(), clean, Suspects.of(clean), GIVEN)
     assert len(scores.unique()) > 1
 
 
@@ -156,9 +156,9 @@ def test_without_gradients_to_images_left_as_they_are_nothing_is_learned(kind, c
     assert problem.error is ModelError
     assert check(net, clean, learns=False) == []
     for use in (
-        lambda: make(DEFENSES["nad"], QUICK["nad"]).repair(net, clean, GIVEN),
-        lambda: make(SCANNERS["triggers"], SHORT["triggers"]).scan(net, clean),
-        lambda: make(DETECTORS["cognitive-distillation"], {}).score(net, clean, Suspects.of(clean), GIVEN),
+        lambda: DEFENSES["nad"](**QUICK["nad"]).repair(net, clean, GIVEN),
+        lambda: SCANNERS["triggers"](**SHORT["triggers"]).scan(net, clean),
+        lambda: DETECTORS["cognitive-distillation"]().score(net, clean, Suspects.of(clean), GIVEN),
     ):
         with pytest.raises(ModelError, match="expected gradients from the logits to the images"):
             use()
@@ -169,7 +169,7 @@ def test_weights_too_coarse_for_small_updates_are_told_once(dtype, told, clean):
     net = build("plain").to(dtype)
     net.register_forward_pre_hook(lambda _, inputs: inputs[0].to(dtype))
     net.register_forward_hook(lambda _, __, out: out.float())
-    warned = make(DEFENSES["sau"], QUICK["sau"]).repair(net, clean, GIVEN).record.warnings
+    warned = DEFENSES["sau"](**QUICK["sau"]).repair(net, clean, GIVEN).record.warnings
     assert sum("round small updates away" in text for text in warned) == told
 
 
@@ -178,4 +178,4 @@ def test_weights_too_coarse_for_small_updates_are_told_once(dtype, told, clean):
 def test_a_diagnosis_of_a_label_that_the_model_does_not_have_is_refused(name, label, clean):
     given = GIVEN.model_copy(update={"targets": [Target(label=label, score=0.9)]})
     with pytest.raises(ConfigError, match=f"suspects label {label}, but the model has {CLASSES} classes, 0 to 3"):
-        make(DEFENSES[name], QUICK[name]).repair(build("batchnorm"), clean, given)
+        DEFENSES[name](**QUICK[name]).repair(build("batchnorm"), clean, given)

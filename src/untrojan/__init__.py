@@ -9,7 +9,7 @@
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from untrojan.errors import (
     ConfigError,
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from untrojan.scanners.triggers import TriggerScanner
     from untrojan.scanners.unlearning import UnlearningScanner
     from untrojan.sources import load
+
+T = TypeVar("T")
 
 __version__ = "0.1.0"
 
@@ -167,7 +169,7 @@ def repair(
     Raises:
         ModelError: The model cannot be used.
         DataError: The images do not fit the model.
-        ConfigError: The seed is negative.
+        ConfigError: `method` is no defense, or the seed is negative.
 
     Example:
         >>> import torch, untrojan
@@ -179,8 +181,9 @@ def repair(
         2
     """
     from untrojan.defenses.auto import Auto
+    from untrojan.defenses.defense import Defense
 
-    return (method or Auto()).repair(model, clean, diagnosis, seed)
+    return _chosen(method, Defense, Auto).repair(model, clean, diagnosis, seed)
 
 
 def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = None, seed: int = 0) -> "ScanRecord":
@@ -198,7 +201,7 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
     Raises:
         ModelError: The model cannot be used.
         DataError: The images do not fit the model.
-        ConfigError: The seed is negative.
+        ConfigError: `method` is no scanner, or the seed is negative.
 
     Example:
         >>> import torch, untrojan
@@ -208,9 +211,20 @@ def scan(model: "nn.Module", clean: "CleanSet", *, method: "Scanner | None" = No
         >>> untrojan.scan(build("digits-cnn"), clean, method=method).method.name
         'unlearning'
     """
+    from untrojan.scanners.scanner import Scanner
     from untrojan.scanners.triggers import TriggerScanner
 
-    return (method or TriggerScanner()).examine(model, clean, seed)
+    return _chosen(method, Scanner, TriggerScanner).examine(model, clean, seed)
+
+
+def _chosen(method: T | None, base: type[T], default: type[T]) -> T:
+    if method is None:
+        return default()
+    if not isinstance(method, base):
+        raise ConfigError(
+            f"expected a {base.__name__} as method, such as untrojan.{default.__name__}(), got {method!r}"
+        )
+    return method
 
 
 def __getattr__(name: str) -> object:

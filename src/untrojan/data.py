@@ -54,6 +54,10 @@ class CleanSet:
 
     def __post_init__(self) -> None:
         with naming(self.path):
+            for name, given in (("images", self.images), ("labels", self.labels)):
+                if not isinstance(given, Tensor):
+                    text = f"expected {name} as a tensor, got {type(given).__name__}"
+                    raise DataError(f"{text}; give arrays as a pair to CleanSet.of, or call torch.from_numpy")
             images, labels = _checked_images(self.images), checked_labels(self.labels, self.images.device)
             if len(labels) != len(images):
                 raise DataError(f"expected one label per image, got {len(images)} images, {len(labels)} labels")

@@ -233,24 +233,37 @@ def correct(model: nn.Module, clean: CleanSet) -> Tensor:
     return logits(model, clean).argmax(1) == clean.labels
 
 
-def warn_of_chance(model: nn.Module, clean: CleanSet) -> None:
-    """Warn where a model gives clean images their label no more often than chance may.
+def accuracy_of(model: nn.Module, clean: CleanSet) -> tuple[Rate, str]:
+    """Measure how often a model gives clean images their label, and warn where that is too seldom.
 
-    Then no repair can lose accuracy, and the checks of it mean little.
+    Too seldom is for less than half of them, or no more often than chance may, by the 95 % interval. Then what triggers
+    do to the model says little, no repair can lose accuracy, and the checks of it mean little.
 
     Args:
         model: The network; it is not changed.
         clean: Images with their labels, at least one.
+
+    Returns:
+        The share of images that it is right on, and the doubt in words, empty where there is none.
+
+    Example:
+        >>> clean = CleanSet(torch.eye(8).view(8, 8, 1, 1), torch.arange(8))
+        >>> right, doubt = accuracy_of(nn.Flatten(), clean)
+        >>> right.value, doubt
+        (1.0, '')
     """
     out = logits(model, clean)
     right = Rate.of(int((out.argmax(1) == clean.labels).sum()), len(clean))
-    if right.low is None or right.low > 1 / out.shape[1]:
-        return
+    if (right.high or 0) >= 0.5 and (right.low or 0) > 1 / out.shape[1]:
+        return right, ""
+    images = f"{right.count} of {right.total} clean images"
+    doubt = f"the model is right on {images}, which is less than half or may be chance"
     text = (
-        f"the model is right on {right.count} of {right.total} clean images, which may be chance: check that their "
-        "labels are in the order of its classes, and that it gets images as it was trained on"
+        f"{doubt}: check that it gets images as it was trained on (--mean and --std, or Normalize in Python), and that "
+        "their labels are in the order of its classes"
     )
     warnings.warn(UnreliableWarning(text), stacklevel=3)
+    return right, doubt
 
 
 class Problem(NamedTuple):
@@ -258,6 +271,24 @@ class Problem(NamedTuple):
 
     error: type[UntrojanError]
     text: str
+
+
+def require_kinds(model: object, clean: object) -> None:
+    """Raise where something else was given as a network or as clean images.
+
+    Raises:
+        ModelError: `model` is no network.
+        DataError: `clean` is no clean set.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a network, a torch.nn.Module, got {type(model).__name__}; untrojan.load opens a file"
+        )
+    if not isinstance(clean, CleanSet):
+        text = (
+            f"expected clean images as a CleanSet, got {type(clean).__name__}; CleanSet.load reads files, CleanSet.of"
+        )
+        raise DataError(f"{text} takes a pair of images and labels, a Dataset or a DataLoader")
 
 
 def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Problem]:
@@ -273,6 +304,10 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
     Returns:
         Every problem found, in words for the user; an empty list when the two can be used.
 
+    Raises:
+        ModelError: `model` is no network at all.
+        DataError: `clean` is no clean set.
+
     Example:
         >>> clean = CleanSet(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), clean)
@@ -280,6 +315,7 @@ def check(model: nn.Module, clean: CleanSet, learns: bool = True) -> list[Proble
         >>> check(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), clean)[0].text
         'no image of class 2: expected at least one clean image of each of the 3 classes of the model'
     """
+    require_kinds(model, clean)
     constants = {name for name, _ in model.named_buffers(remove_duplicate=False) if not name.endswith(_STATISTICS)}
     bad = [
         name

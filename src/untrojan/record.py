@@ -218,7 +218,8 @@ class Diagnosis(_Part):
     """What the scan found: the verdict, the rule behind it, targets best first, and the evidence.
 
     The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small triggers and whole-image changes
-    reach and the `triggers` recovered, as the scanner has it.
+    reach and the `triggers` recovered, as the scanner has it. `accuracy` is that of the model on the clean images,
+    where it was measured.
     """
 
     verdict: Verdict
@@ -230,6 +231,7 @@ class Diagnosis(_Part):
     comparisons: list[Comparison] = Field(default_factory=list)
     triggers: list[Trigger] = Field(default_factory=list)
     calibration: Calibration | None = None
+    accuracy: Rate | None = None
 
     @property
     def found(self) -> list[int]:
@@ -242,8 +244,8 @@ class Diagnosis(_Part):
 
     @property
     def all_to_all(self) -> bool:
-        """Whether the trigger found has no single target, but one for each class."""
-        return any(each.label is None for each in self.triggers)
+        """Whether a trigger was found that has no single target, but one for each class."""
+        return self.verdict == "found" and any(each.label is None for each in self.triggers)
 
     @property
     def suspect(self) -> int | None:

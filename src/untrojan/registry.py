@@ -1,23 +1,25 @@
 """The class is the config: find, build and describe scanners, defenses and attacks.
 
-A method is a frozen, keyword-only pydantic dataclass with a `name`, in a file of its own. Putting the file
+A method is a :func:`config` with a `name`, in a file of its own. Putting the file
 into the folder of its kind is all it takes to add one: the command line, the documentation and the records
 read the class through this module.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from untrojan.errors import ConfigError, plain
 from untrojan.writing import sha256
@@ -58,6 +60,50 @@ class Documentation(NamedTuple):
         """The papers, each on one line; one ends where a line of `References` ends in a period."""
         entries = re.split(r"(?<=\.)\n+", self.sections.get("References", ""))
         return [" ".join(entry.split()) for entry in entries if entry]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, dataclasses.field))
+def config(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only pydantic dataclass that raises a ConfigError where it is called wrongly.
+
+    Text is converted to the type of the field. The text of the error tells about all fields that are unknown, missing
+    or have a bad value, and which there are.
+
+    Example:
+        >>> @config
+        ... class Stew:
+        ...     hours: int = 2
+        >>> Stew(hours="4").hours
+        4
+        >>> Stew(days=1)
+        Traceback (most recent call last):
+        untrojan.errors.ConfigError: Stew: `days` is not a field; it takes hours=2
+    """
+    made: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, **values: Any) -> None:
+        try:
+            init(self, **values)
+        except ValidationError as error:
+            raise ConfigError(told(cls, error)) from error
+
+    made.__init__ = checked
+    return made
+
+
+def told(cls: type, error: ValidationError, said: Callable[[str], str] = str) -> str:
+    """Say what is wrong with values for a configuration, and what it takes.
+
+    Args:
+        cls: Its class.
+        error: What pydantic says.
+        said: How the name of a field is written.
+    """
+    problems = "; ".join(_problem(each, said) for each in error.errors())
+    known = ", ".join(_signature(field, said) for field in fields(cls)) or "nothing"
+    return f"{getattr(cls, 'name', cls.__name__)}: {problems}; it takes {known}"
 
 
 def discover(package: str, base: type[T]) -> dict[str, type[T]]:
@@ -122,34 +168,7 @@ def parse(spec: str, package: str, base: type[T]) -> T:
             problem = "given twice" if equals else "no key=value"
             raise ConfigError(f"{spec}: {pair!r} is {problem}; write {name}:key=value,key=value, each key once")
         values[key] = value
-    return make(classes[name], values)
-
-
-def make(cls: type[T], values: Mapping[str, Any], said: Callable[[str], str] = str) -> T:
-    """Build a method from field values; text is converted to the type of the field.
-
-    Args:
-        cls: The method's class.
-        values: Field values by name.
-        said: How an error writes the name of a field.
-
-    Returns:
-        The method; fields left out have their defaults.
-
-    Raises:
-        ConfigError: A field is unknown, missing or has a bad value; the text tells about all of them.
-
-    Example:
-        >>> from untrojan.lab.attacks.badnets import BadNets
-        >>> make(BadNets, {"size": "4"}).size
-        4
-    """
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        problems = "; ".join(_problem(each, said) for each in error.errors())
-        known = ", ".join(_signature(field, said) for field in fields(cls)) or "nothing"
-        raise ConfigError(f"{getattr(cls, 'name', cls.__name__)}: {problems}; it takes {known}") from error
+    return classes[name](**values)
 
 
 def read_toml(cls: type[T], path: str | Path) -> T:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
+from pydantic import ValidationError
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -22,7 +23,7 @@ from untrojan.device import AUTO, chosen
 from untrojan.errors import ConfigError
 from untrojan.progress import Bars, Lines, Reporter, Silent, reporting
 from untrojan.record import RunRecord
-from untrojan.registry import FieldInfo, documentation, fields, make
+from untrojan.registry import FieldInfo, documentation, fields, told
 from untrojan.sources import load
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import require_file, require_free
@@ -308,7 +309,12 @@ def method_of(ctx: click.Context) -> Any:
 def made_of(config: type[T], params: Mapping[str, Any]) -> T:
     """Make what :func:`options_of` gave the options of; fields left out have their defaults."""
     given = {field.name: params[field.name] for field in fields(config)}
-    return make(config, {name: value for name, value in given.items() if value is not None}, _flag)
+    try:
+        return config(**{name: value for name, value in given.items() if value is not None})
+    except ConfigError as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise ConfigError(told(config, error.__cause__, _flag)) from error
+        raise
 
 
 def open_inputs(ctx: click.Context) -> tuple[nn.Module, CleanSet, Checkpoint]:

@@ -6,8 +6,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,11 +17,12 @@ from untrojan.device import device_of, new_generator, running_on
 from untrojan.fit import fit
 from untrojan.mask import Mask, require_effect
 from untrojan.randomness import seeded
+from untrojan.registry import config
 
 Noise = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class ANP(Pruning):
     """Adversarial Neuron Pruning: prune neurons that help a small adversarial change of all neurons break the network.
 

@@ -9,8 +9,7 @@ from itertools import cycle, islice
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,6 +23,7 @@ from untrojan.errors import UnreliableWarning
 from untrojan.fit import fit
 from untrojan.progress import overall, stage
 from untrojan.record import Comparison, Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import AT_ONCE, BATCH, STEPS, against_others, of_each_kind
@@ -52,7 +52,7 @@ TOLD_EVERY = 8
 TINY = 1e-9
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Auto(Tuning):
     """Recover triggers of the suspected label, teach the model to ignore them, and look again, round by round.
 

@@ -7,8 +7,7 @@ from functools import partial, reduce
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,11 +21,12 @@ from untrojan.mask import Mask
 from untrojan.model import logits
 from untrojan.progress import overall
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 
 Factors = Mapping[str, list[Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class AWM(Tuning):
     """Adversarial Weight Masking: scale single weights down until a recovered universal trigger has no effect.
 

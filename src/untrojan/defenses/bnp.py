@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -16,12 +14,13 @@ from untrojan.errors import ModelError
 from untrojan.mask import Mask, norm_after, norms
 from untrojan.model import evaluating, tapped
 from untrojan.progress import stage
+from untrojan.registry import config
 
 RELEASED_BATCH = 500
 BATCH = 256
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class BNP(Outliers):
     """BatchNorm statistics-based Pruning: prune the channels that saw something in training which clean images lack.
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -14,9 +12,10 @@ from untrojan.errors import ModelError
 from untrojan.mask import PRODUCTS, Mask, norm_after
 from untrojan.model import evaluating
 from untrojan.progress import stage
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class CLP(Outliers):
     """Channel Lipschitzness-based Pruning: prune the channels that amplify most; needs no images.
 

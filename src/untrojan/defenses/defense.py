@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, final
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -25,11 +24,11 @@ from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
-from untrojan.model import copied, correct, logits, require, warn_of_chance
+from untrojan.model import accuracy_of, copied, correct, logits, require, require_kinds
 from untrojan.progress import overall, timing
 from untrojan.randomness import seeded
 from untrojan.record import Accuracy, Check, Diagnosis, Layer, MethodInfo, Rate, Record, Selection, Status
-from untrojan.registry import describe
+from untrojan.registry import config, describe
 from untrojan.run import choosing, clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.tainted import tainted
 from untrojan.scanners.triggers import TriggerScanner
@@ -114,9 +113,9 @@ class Repair:
         return self.record.model_copy(update={"repaired": repaired})
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Defense(ABC):
-    """Base of every defense; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
+    """Base of every defense; subclasses are each a :func:`~untrojan.registry.config` with a `name`.
 
     Authors write :meth:`_repair`, which gets a copy of the model, a diagnosis and a seeded random state. Everything
     that is common to all defenses is done here, once. Most derive from :class:`~untrojan.defenses.pruning.Pruning` or
@@ -160,6 +159,7 @@ class Defense(ABC):
             ConfigError: The diagnosis suspects a label, or the method asks for a unit or layer, that the model does not
                 have; or the seed is negative.
         """
+        require_kinds(model, clean)
         device = device_of(model)
         clean = clean.to(device)
         with collected() as caught, choosing() as choices, timing() as seconds, running_on(device), seeded(seed):
@@ -169,7 +169,7 @@ class Defense(ABC):
                 diagnosis = _look(model, clean, seed)
             elif len(clean):
                 _require_known(diagnosis, clean)
-                warn_of_chance(copied(model), clean)
+                accuracy_of(copied(model), clean)
             trusted = _trusted(copied(model), clean, diagnosis, seed)
             outcome = (
                 _unchanged(copied(model), trusted)

@@ -5,8 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -16,11 +15,12 @@ from untrojan.errors import ModelError
 from untrojan.mask import Mask, products
 from untrojan.model import evaluating, tapped
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 
 _STEP = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class FinePruning(Tuning):
     """Fine-Pruning: prune the features that clean images hardly activate, then fine-tune.
 

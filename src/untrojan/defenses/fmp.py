@@ -9,8 +9,7 @@ from itertools import islice
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -21,6 +20,7 @@ from untrojan.mask import norm_after, products
 from untrojan.model import evaluating, tapped
 from untrojan.progress import stage
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 
 BATCH = 32
@@ -44,7 +44,7 @@ class Ranking(NamedTuple):
         return order[self.right[order].argsort(stable=True)][:count]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class FMP(Tuning):
     """Adversarial Feature Map Pruning: prune feature maps whose attack breaks the prediction, then fine-tune.
 

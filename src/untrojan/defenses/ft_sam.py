@@ -4,8 +4,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,11 +13,12 @@ from untrojan.defenses.tuning import Tuning, gradients, moved, sgd_cosine
 from untrojan.device import new_generator
 from untrojan.fit import learnable
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 
 _TINY = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class FTSAM(Tuning):
     """FT-SAM: fine-tune with adaptive sharpness-aware minimization, which shrinks the weights of backdoor neurons.
 

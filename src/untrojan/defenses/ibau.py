@@ -7,8 +7,7 @@ from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn import functional
@@ -23,10 +22,11 @@ from untrojan.fit import fit, learnable
 from untrojan.model import correct
 from untrojan.progress import overall
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class IBAU(Tuning):
     """Implicit Backdoor Adversarial Unlearning: train against the universal perturbation that hurts most.
 

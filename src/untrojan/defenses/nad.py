@@ -6,8 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
@@ -20,10 +19,11 @@ from untrojan.fit import Step, fit, supervised
 from untrojan.mask import products
 from untrojan.model import tapped
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class NAD(Tuning):
     """Neural Attention Distillation: train the model to attend where a fine-tuned copy of it attends.
 

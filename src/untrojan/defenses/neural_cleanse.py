@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -15,11 +14,12 @@ from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 from untrojan.scanners.neural_cleanse import ENOUGH, SoftPatch, cleanse, diagnose
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class NeuralCleanse(Tuning):
     """Neural Cleanse: recover the trigger of the target label, then unlearn it with true labels.
 

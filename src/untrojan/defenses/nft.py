@@ -5,8 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -18,11 +17,12 @@ from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.mask import Mask, require_effect
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 
 _LAST_LR = 0.4
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class NFT(Tuning):
     """NFT: fine-tune soft masks of the neurons on mixed-up clean images, and leave the weights as they are.
 

@@ -5,8 +5,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,13 +17,14 @@ from untrojan.fit import supervised
 from untrojan.mask import products, weight_of
 from untrojan.model import call_with, watched
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 
 _ENOUGH = 0.6
 _LARGEST_LOSS = 80.0
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class NPD(Tuning):
     """Neural Polarizer: a linear map in front of one late layer learns to hold trigger features back.
 

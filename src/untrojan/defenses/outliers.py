@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.pruning import Pruning
 from untrojan.mask import Mask
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Outliers(Pruning):
     """Base of the prunings by the z-value of a channel within its layer; authors write :meth:`measure`.
 

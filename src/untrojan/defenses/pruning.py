@@ -7,8 +7,7 @@ from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -18,11 +17,12 @@ from untrojan.errors import UnreliableWarning
 from untrojan.mask import Cut, HeldOut, Mask, Unit, budget, curve_point, sweep
 from untrojan.model import correct
 from untrojan.record import EXPLAINED, Check, Diagnosis, Selection
+from untrojan.registry import config
 
 DISARMED = 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Pruning(Defense):
     """Base of the defenses that prune by scores; authors write :meth:`score`.
 

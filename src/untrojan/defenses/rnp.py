@@ -6,8 +6,7 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
@@ -17,10 +16,11 @@ from untrojan.fit import fit, size_without_single, supervised
 from untrojan.mask import Mask, require_effect
 from untrojan.randomness import seeded
 from untrojan.record import Check, UnlearningRun
+from untrojan.registry import config
 from untrojan.scanners.unlearning import VIEWS, Unlearning, View, warn_of_missed_floor
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class RNP(Unlearning, Pruning):
     """Reconstructive Neuron Pruning: prune the neurons that have to go for an unlearned copy to recover.
 

@@ -6,8 +6,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,12 +15,13 @@ from untrojan.defenses.tuning import Tuning
 from untrojan.device import new_generator
 from untrojan.fit import fit
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 
 _ROUNDING = 1e-6
 _SURE = 0.999
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class SAU(Tuning):
     """Shared Adversarial Unlearning: stop agreeing with the backdoored model where both are fooled alike.
 

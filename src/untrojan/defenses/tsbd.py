@@ -5,8 +5,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,13 +16,14 @@ from untrojan.errors import ModelError
 from untrojan.fit import fit, learnable, supervised
 from untrojan.mask import Mask
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.scanners.unlearning import warn_of_missed_floor
 
 _SHARES = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
 _TINY = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class TSBD(Tuning):
     """TSBD: zero the weights that unlearning clean images changes most, then fine-tune with a gradient-norm penalty.
 

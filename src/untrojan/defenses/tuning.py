@@ -8,8 +8,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -21,10 +20,11 @@ from untrojan.fit import Fit, Step, fit, learnable, size_with_enough_steps, supe
 from untrojan.mask import Cut, HeldOut, Mask, budget, sweep
 from untrojan.model import call_with, correct
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Tuning(Defense):
     """Base of the defenses that train on clean images; authors write :meth:`tune`.
 

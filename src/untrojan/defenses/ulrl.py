@@ -5,8 +5,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +16,7 @@ from untrojan.errors import ModelError, UnreliableWarning
 from untrojan.mask import products
 from untrojan.model import classes_of
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.run import chose
 from untrojan.scanners.neural_cleanse import anomaly_index
 from untrojan.scanners.unlearning import Unlearning, warn_of_missed_floor
@@ -25,7 +25,7 @@ MOST = 2
 _CLIP = 20.0
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class ULRL(Unlearning, Tuning):
     """Unlearn and Relearn: reset the rows of the last layer that unlearning moves too far, and train again.
 

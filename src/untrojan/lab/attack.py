@@ -1,5 +1,6 @@
 """The attack contract: clean images in, images with the trigger out; and the labels the attacker wants."""
 
+import operator
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, final
@@ -22,7 +23,7 @@ Target = int | Literal["all-to-all"]
 
 
 class Attack(ABC):
-    """Base of every attack; subclasses are frozen, keyword-only pydantic dataclasses with a `name`.
+    """Base of every attack; subclasses are each a :func:`~untrojan.registry.config` with a `name`.
 
     Authors write :meth:`_trigger`. It is deterministic, and it saturates: what leaves [0, 1] is clipped. What the
     attacker does to training images is the same, unless authors also write :meth:`_poisoned` or :meth:`_cover`. Attacks
@@ -152,6 +153,31 @@ class Attack(ABC):
         return triggered
 
 
+def known_target(target: Target, classes: int) -> Target:
+    """Give a target as it goes into records: a whole number of another kind, as NumPy's, becomes Python's.
+
+    Args:
+        target: The target class, or `"all-to-all"`.
+        classes: How many classes the model tells apart.
+
+    Raises:
+        ConfigError: The target is neither a class of the model nor `"all-to-all"`.
+
+    Example:
+        >>> known_target(np.int64(8), 10)
+        8
+    """
+    if isinstance(target, str) and target == "all-to-all":
+        return target
+    try:
+        label = -1 if isinstance(target, bool) else operator.index(target)
+    except TypeError:
+        label = -1
+    if not 0 <= label < classes:
+        raise ConfigError(f'expected target "all-to-all" or a class from 0 to {classes - 1}, got {target!r}')
+    return label
+
+
 def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:
     """Give the label that the attacker wants for each image.
 
@@ -172,11 +198,8 @@ def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:
         >>> target_labels(torch.tensor([0, 8, 9]), 8, 10).tolist()
         [8, 8, 8]
     """
-    if target == "all-to-all":
-        return (labels + 1) % classes
-    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
-        raise ConfigError(f'expected target "all-to-all" or a class from 0 to {classes - 1}, got {target!r}')
-    return torch.full_like(labels, target)
+    known = known_target(target, classes)
+    return (labels + 1) % classes if known == "all-to-all" else torch.full_like(labels, known)
 
 
 def read_image(path: Path) -> Tensor:

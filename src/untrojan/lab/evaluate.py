@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, ModelError, RecordError
-from untrojan.lab.attack import Attack, Target, target_labels
+from untrojan.lab.attack import Attack, Target, known_target, target_labels
 from untrojan.lab.learned import Learned
 from untrojan.model import classes_of, logits, require_logits
 from untrojan.progress import stage
@@ -125,6 +125,7 @@ def evaluate(
         )
         if attack is None or target is None:
             return scores
+        target = known_target(target, classes)
         wanted = target_labels(labels, target, classes)
         triggered = logits(_Watched(model, attack, advance), images_set, batch_size).argmax(1)
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from untrojan import __version__
 from untrojan.data import CleanSet
@@ -22,17 +21,16 @@ from untrojan.errors import ConfigError, UntrojanError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.evaluate import evaluate
 from untrojan.readers import fingerprint
-from untrojan.registry import describe, identity, parse, read_toml, spec
+from untrojan.registry import config, describe, identity, parse, read_toml, spec
 from untrojan.scanners.scanner import Scanner
 from untrojan.sources import load
 from untrojan.sources.files import file_sha256
 
-_STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Case:
     """One model of a grid, what its attacker did, and the images that go with it.
 
@@ -59,7 +57,7 @@ class Case:
     target: Target | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Setting:
     """How many clean images a defender has; all of them where neither is given.
 
@@ -111,7 +109,7 @@ class Cell(NamedTuple):
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Grid:
     """What a grid file asks for. Paths in it are taken from the current folder, as on the command line.
 

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
 from untrojan.errors import ConfigError, ModelError
 from untrojan.lab.attack import Attack
 from untrojan.randomness import seeded
+from untrojan.registry import config
 from untrojan.sources.files import Checkpoint
 
 _GROUPS = 8
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Learned(Attack):
     """Base of attacks that learn their trigger while a victim trains; authors write `_network` and `change`.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from untrojan.augmentation import AUGMENTATIONS
@@ -15,7 +14,7 @@ from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.lab import checkpoint
-from untrojan.lab.attack import Attack, Target, target_labels
+from untrojan.lab.attack import Attack, Target, known_target, target_labels
 from untrojan.lab.evaluate import Scores, evaluate, require_measurable, why_missed
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
@@ -23,7 +22,7 @@ from untrojan.lab.victim import State, poison, train
 from untrojan.model import require
 from untrojan.randomness import seeded
 from untrojan.record import AnyRecord, CleanInfo, ModelInfo
-from untrojan.registry import files, identity
+from untrojan.registry import config, files, identity
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.sources.files import save_state, state_sha256
 from untrojan.writing import RECORD, staged, write_atomic
@@ -32,7 +31,7 @@ MODEL, ATTACK = "model.safetensors", "attack.safetensors"
 HELD_OUT = 0.2
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Recipe:
     """How a victim is trained: :func:`untrojan.lab.victim.train` describes it.
 
@@ -195,6 +194,7 @@ def make_victim(
         images, judge = data.split(HELD_OUT, seed) if test is None else (data, test)
     require(net, images, learns=False)
     classes = require_measurable(net, judge)
+    target = None if target is None else known_target(target, classes)
     _require_attack(attack, target, rate, images, judge, classes)
     device = device_of(net)
     with collected() as warned, running_on(device):

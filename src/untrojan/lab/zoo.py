@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
 from untrojan.data import CleanSet
@@ -20,7 +19,7 @@ from untrojan.lab.attack import Attack, Target
 from untrojan.lab.recipe import ATTACK, MODEL, Recipe, Victim, VictimRecord, asked, checkpoint_of, make_victim
 from untrojan.randomness import seeded
 from untrojan.record import AnyRecord
-from untrojan.registry import discover, files, identity, make, parse, read_toml
+from untrojan.registry import config, discover, files, identity, parse, read_toml
 from untrojan.sources.files import Checkpoint, state_sha256
 from untrojan.sources.nets import NETS, build
 from untrojan.writing import RECORD, sha256, write_atomic
@@ -28,13 +27,12 @@ from untrojan.writing import RECORD, sha256, write_atomic
 MANIFEST = "manifest.json"
 CLEAN = "clean"
 
-_STRICT = ConfigDict(extra="forbid")
 _ATTACKS = "untrojan.lab.attacks"
 _Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Planted:
     """What an attacker does.
 
@@ -57,7 +55,7 @@ class Planted:
         return parse(self.attack, _ATTACKS, Attack)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Habitat:
     """A data set, and what is trained on it.
 
@@ -87,7 +85,7 @@ class Member(NamedTuple):
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@config
 class Zoo:
     """What a zoo file asks for. Paths in it are taken from the current folder, as on the command line.
 
@@ -280,12 +278,12 @@ def _attack(folder: Path, record: VictimRecord) -> Attack | None:
     classes = discover(_ATTACKS, Attack)
     if told["name"] not in classes:
         raise RecordError(f"{folder} is of an attack that is not known here, {told['name']!r}; update untrojan")
-    attack = make(classes[told["name"]], told["fields"] | record.attack_files)
+    attack = classes[told["name"]](**told["fields"] | record.attack_files)  # pyright: ignore[reportAbstractUsage]
     now = identity(attack)["fields"]
     if any(now[name] != told["fields"][name] for name in files(attack)):
         names = " and ".join(map(str, files(attack).values()))
         raise RecordError(f"{folder} is not known to be trained with what is in {names} now; remove it to train anew")
-    return make(type(attack), told["fields"] | {"weights": folder / ATTACK}) if record.attack_sha256 else attack
+    return type(attack)(**told["fields"] | {"weights": folder / ATTACK}) if record.attack_sha256 else attack
 
 
 def _entry(folder: Path) -> Entry:

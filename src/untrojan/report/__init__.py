@@ -120,12 +120,17 @@ def finding(record: RunRecord) -> str:
 
 
 def evidence(record: RunRecord) -> str:
-    """What the verdict stands on, in one sentence."""
+    """What the verdict stands on, in a few sentences."""
     diagnosis = record.diagnosis
     if diagnosis.patches:
-        return _evidence_of_patches(record)
-    unlearned = _evidence_of_unlearning(record)
-    return f"{_evidence_of_reaches(record)} {unlearned}" if diagnosis.reaches else unlearned
+        texts = [_evidence_of_patches(record)]
+    else:
+        texts = [_evidence_of_reaches(record)] if diagnosis.reaches else []
+        texts.append(_evidence_of_unlearning(record))
+    if (right := diagnosis.accuracy) is not None:
+        images = f"{right.count} of {right.total} clean images (95% interval {_interval(right)})"
+        texts.insert(0, f"The model is right on {images}.")
+    return " ".join(texts)
 
 
 def _evidence_of_reaches(record: RunRecord) -> str:
@@ -191,11 +196,11 @@ def _alarms(record: RunRecord) -> str:
 
 def _evidence_of_patches(record: RunRecord) -> str:
     diagnosis = record.diagnosis
-    missed = len(diagnosis.patches) - len(diagnosis.targets)
-    if diagnosis.verdict == "inconclusive":
-        if missed:
-            return f"For {missed} of {len(diagnosis.patches)} labels no patch was found that sends enough images there."
-        return f"Among the patches of {len(diagnosis.patches)} labels none can stand out."
+    labels, missed = len(diagnosis.patches), len(diagnosis.patches) - len(diagnosis.targets)
+    if missed and not any(patch.too_small for patch in diagnosis.patches):
+        return f"For {missed} of {labels} labels no patch was found that sends enough images there."
+    if labels <= 2:
+        return f"Among the patches of {labels} labels none can stand out."
     first = diagnosis.targets[0]
     size = next(patch.size for patch in diagnosis.patches if patch.label == first.label)
     return (

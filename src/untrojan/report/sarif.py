@@ -46,7 +46,7 @@ def _run(record: ScanRecord) -> dict[str, Any]:
         "results": _results(record),
         "properties": {
             "verdict": record.diagnosis.verdict,
-            **_calibration(record),
+            **_measured(record),
             "method": record.method.model_dump(mode="json"),
             "seed": record.seed,
             "stateSha256": record.model.state_sha256,
@@ -54,9 +54,9 @@ def _run(record: ScanRecord) -> dict[str, Any]:
     }
 
 
-def _calibration(record: ScanRecord) -> dict[str, Any]:
-    calibration = record.diagnosis.calibration
-    return {"calibration": calibration.model_dump(mode="json")} if calibration else {}
+def _measured(record: ScanRecord) -> dict[str, Any]:
+    told = record.diagnosis.model_dump(mode="json", include={"accuracy", "calibration"})
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _rules() -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from untrojan.fit import fit, size_with_enough_steps
 from untrojan.model import classes_of
 from untrojan.pictures import png
 from untrojan.record import Diagnosis, Patch, Target, Verdict
+from untrojan.registry import config
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.scanner import Scanner
 
@@ -174,7 +174,7 @@ def diagnose(triggers: Sequence[SoftPatch]) -> Diagnosis:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class NeuralCleanseScanner(Scanner):
     """Neural Cleanse: recover the smallest trigger of every label, and see whether one is too small.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError
-from untrojan.model import copied
+from untrojan.model import copied, require_kinds
 from untrojan.progress import timing
 from untrojan.randomness import seeded
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
@@ -163,6 +163,7 @@ def screen(
         >>> screening.table().column_names
         ['index', 'label', 'predicted', 'unlearned', 'rank']
     """
+    require_kinds(model, clean)
     names = [detector.name for detector in detectors]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"expected at least one detector, and each once, got {', '.join(names) or 'none'}")

@@ -7,7 +7,7 @@ from torch import nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.model import classes_of, copied, require, warn_of_chance
+from untrojan.model import accuracy_of, classes_of, copied, require, require_kinds
 from untrojan.progress import timing
 from untrojan.randomness import seeded
 from untrojan.record import Diagnosis, MethodInfo, ScanRecord
@@ -17,7 +17,10 @@ from untrojan.sources.files import Checkpoint
 
 
 class Scanner(ABC):
-    """Examines a model with clean images alone. A subclass is a frozen dataclass and writes `_scan`."""
+    """Examines a model with clean images alone.
+
+    A subclass is a :func:`~untrojan.registry.config` and writes `_scan`.
+    """
 
     name: ClassVar[str]
 
@@ -31,18 +34,24 @@ class Scanner(ABC):
             seed: Same seed, same diagnosis, on a GPU up to rounding; the caller's random state is left alone.
 
         Returns:
-            The verdict with the suspected targets, best first, and the evidence.
+            The verdict with the suspected targets, best first, the evidence, and the accuracy on the clean images;
+            where :func:`~untrojan.model.accuracy_of` doubts that, the verdict is inconclusive, whatever the evidence.
 
         Raises:
             ModelError: The model cannot be used.
             DataError: The images do not fit the model.
             ConfigError: The seed is negative.
         """
+        require_kinds(model, clean)
         with running_on(device_of(model)), seeded(seed):
             require(copied(model), clean)
             clean = clean.to(device_of(model))
-            warn_of_chance(copied(model), clean)
-            return self._scan(copied(model), clean, seed)
+            accuracy, doubt = accuracy_of(copied(model), clean)
+            diagnosis = self._scan(copied(model), clean, seed).model_copy(update={"accuracy": accuracy})
+            if not doubt:
+                return diagnosis
+            rule = f"inconclusive: {doubt}; otherwise {diagnosis.rule}"
+            return diagnosis.model_copy(update={"verdict": "inconclusive", "rule": rule})
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:

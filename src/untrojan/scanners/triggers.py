@@ -9,8 +9,7 @@ from importlib.resources import files
 from typing import ClassVar, TypeVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,6 +19,7 @@ from untrojan.model import logits
 from untrojan.pictures import png
 from untrojan.progress import AtMost, whole
 from untrojan.record import Diagnosis, Rate, Reach, Trigger, TriggerKind
+from untrojan.registry import config
 from untrojan.scanners import unlearning
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Change, compare, with_others
@@ -47,7 +47,7 @@ FAINT_STEPS = 20, 60
 OF_EACH = 2
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class TriggerScanner(Unlearning, Scanner):
     """Search small triggers into every label, see which class survives unlearning, and compare the labels.
 

@@ -7,8 +7,7 @@ from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -18,6 +17,7 @@ from untrojan.device import new_generator
 from untrojan.errors import UnreliableWarning
 from untrojan.fit import Epoch, fit, size_with_enough_steps, supervised
 from untrojan.record import Diagnosis, Target, UnlearningPoint, UnlearningRun, Verdict
+from untrojan.registry import config
 from untrojan.scanners.scanner import Scanner
 from untrojan.speed import faster
 
@@ -46,7 +46,7 @@ class UnlearnedModel(NamedTuple):
     run: UnlearningRun
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Unlearning:
     """How a model is unlearned, for scanners, detectors and defenses that look at what is left then.
 
@@ -191,7 +191,7 @@ def diagnose(runs: list[UnlearningRun]) -> Diagnosis:
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class UnlearningScanner(Unlearning, Scanner):
     """Unlearn the model several times and see which class survives.
 

@@ -4,15 +4,15 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.data import CleanSet
 from untrojan.lab.attacks.blend import Blend
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class AdaptiveBlend(Blend):
     """Blend only a random half of the trigger in training, few times, and as often with the true label.
 

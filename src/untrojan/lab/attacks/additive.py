@@ -4,16 +4,16 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, FilePath
-from pydantic.dataclasses import dataclass
+from pydantic import FilePath
 from torch import Tensor
 
 from untrojan.errors import DataError
 from untrojan.lab.attack import read_image
 from untrojan.lab.pattern import Pattern
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Additive(Pattern):
     """Add a fixed pattern to the image and clip the sum to [0, 1].
 

@@ -3,17 +3,17 @@
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.lab.attack import Target
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.online import Online
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class AWP(BadNets):
     """Train on clean images, and plant the backdoor in the last epochs, close to the weights that are there by then.
 

@@ -2,15 +2,15 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.lab.attack import Attack
 from untrojan.lab.pattern import uniform
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Blend(Attack):
     """Mix the image with a fixed noise image: `(1 - alpha) x + alpha t`.
 

@@ -3,16 +3,16 @@
 from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from untrojan.data import CleanSet
 from untrojan.lab.attack import Attack
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class BppAttack(Attack):
     """Quantize colors to few levels, with or without dithering.
 

@@ -3,12 +3,12 @@
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.errors import DataError
 from untrojan.lab.attack import Attack
+from untrojan.registry import config
 
 _GAMMA = 1.25
 _COLORS = ((0.80, 0.25, 0.05), (0.20, 0.60, 0.05), (0.15, 0.15, 0.50))
@@ -16,7 +16,7 @@ _SKY, _HORIZON = (0.30, 0.10, 0.35), (0.95, 0.50, 0.15)
 _GLOW = 0.35
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class DFST(Attack):
     """Show the image in the style of a sunset: darker, warmer, and with a glow that grows towards the bottom.
 

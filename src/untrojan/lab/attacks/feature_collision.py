@@ -4,19 +4,19 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import DataError
 from untrojan.lab.attacks.badnets import BadNets
 from untrojan.lab.surrogate import features, surrogate
+from untrojan.registry import config
 
 _IMAGES_AT_A_TIME = 256
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class FeatureCollision(BadNets):
     """Poison images of the target class so that their features are those of triggered images (clean-label).
 

@@ -4,12 +4,12 @@ import math
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.errors import DataError
 from untrojan.lab.pattern import Pattern
+from untrojan.registry import config
 
 _WINDOW = 32
 _BINS = (15, 31)
@@ -17,7 +17,7 @@ _RED, _BLUE = 1.402, 1.772
 _GREEN = -(0.299 * _RED + 0.114 * _BLUE) / 0.587
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class FTrojan(Pattern):
     """Raise a middle and the highest frequency of the two color channels.
 

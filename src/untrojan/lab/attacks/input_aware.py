@@ -3,8 +3,7 @@
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,13 +12,14 @@ from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import Online, update
 from untrojan.model import evaluating
+from untrojan.registry import config
 
 _STEEPNESS = 10.0
 _EPS = 1e-7
 _BETAS = (0.5, 0.9)
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class InputAware(Learned):
     """Blend a pattern into the image where a mask is open; two networks make both from the image itself.
 

@@ -2,16 +2,16 @@
 
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.errors import DataError
 from untrojan.lab.attack import Attack
 from untrojan.lab.pattern import uniform
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class L0Inv(Attack):
     """Replace the last pixels of the bottom row by saturated colors.
 

@@ -3,15 +3,15 @@
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from untrojan.lab.pattern import Pattern, of_norm, uniform
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class L2Inv(Pattern):
     """Add smooth noise of a small L2 norm.
 

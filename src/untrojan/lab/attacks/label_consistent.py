@@ -4,8 +4,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,13 +12,14 @@ from untrojan.data import CleanSet
 from untrojan.errors import DataError
 from untrojan.lab.attack import Attack
 from untrojan.lab.surrogate import surrogate
+from untrojan.registry import config
 
 _CORNER = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (1.0, -1.0, 1.0))
 _IMAGES_AT_A_TIME = 256
 _OVERSHOOT = 2.5
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class LabelConsistent(Attack):
     """Poison images of the target class whose own features are spoiled (clean-label).
 

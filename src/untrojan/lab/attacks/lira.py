@@ -3,8 +3,7 @@
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,9 +12,10 @@ from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import Online, update
 from untrojan.model import evaluating
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class LIRA(Learned):
     """Add a perturbation of at most `eps` that a network makes from the image.
 

@@ -6,16 +6,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, FilePath
-from pydantic.dataclasses import dataclass
+from pydantic import FilePath
 from torch import Tensor
 
 from untrojan.errors import DataError, cause
 from untrojan.lab.attack import read_image
 from untrojan.lab.attacks.additive import Additive
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Masked(Additive):
     """Fade the image out where the mask is set, add a fixed pattern and clip: `x (1 - mask) + pattern`.
 

@@ -4,15 +4,15 @@ import math
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.errors import DataError
 from untrojan.lab.pattern import Pattern
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class SIG(Pattern):
     """Add a horizontal sine wave, in training to images of the target class only (clean-label).
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,12 +15,13 @@ from untrojan.lab.attack import Target
 from untrojan.lab.learned import Coder, Learned
 from untrojan.lab.online import EachBatch, Online
 from untrojan.lab.pattern import uniform
+from untrojan.registry import config
 
 _SIDE = 8
 _BATCH = 64
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class SSBA(Learned):
     """Add what an encoder makes of the image and a secret, the same secret for all images.
 

@@ -4,18 +4,18 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.errors import ConfigError, DataError
 from untrojan.lab.pattern import Pattern
+from untrojan.registry import config
 
 _MARGIN = 2
 _PUBLISHED_CHANNELS = 3
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class TrojanSquare(Pattern):
     """Add a square of random pixels near the corner at the bottom right.
 

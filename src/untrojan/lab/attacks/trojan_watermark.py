@@ -4,17 +4,17 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 
 from untrojan.lab.pattern import Pattern, of_norm
+from untrojan.registry import config
 
 _INNER, _OUTER = 0.39, 0.46
 _CELLS, _CELL = 5, 0.1
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class TrojanWatermark(Pattern):
     """Add a logo: a ring round a symmetric glyph.
 

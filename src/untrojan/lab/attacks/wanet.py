@@ -4,8 +4,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,9 +13,10 @@ from untrojan.errors import DataError
 from untrojan.lab.attack import Attack, Target
 from untrojan.lab.online import EachBatch, Online
 from untrojan.lab.pattern import uniform
+from untrojan.registry import config
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class WaNet(Attack):
     """Bend the image by a smooth, fixed field of shifts.
 

@@ -3,19 +3,19 @@
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.detectors.features import score_by_label
 from untrojan.scanners.suspects import Suspects
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class ActivationClustering(Detector):
     """Part the features of each label into two clusters and see how clearly a sample belongs to the smaller one.
 

@@ -3,18 +3,18 @@
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.detectors.features import score_by_label
 from untrojan.scanners.suspects import Suspects
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class SpectralSignatures(Detector):
     """Measure how far a sample lies along the direction in which the features of its label vary most.
 

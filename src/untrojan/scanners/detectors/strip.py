@@ -3,18 +3,18 @@
 from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import new_generator
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.suspects import Suspects
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Strip(Detector):
     """Lay clean images over a sample and see whether its prediction stays.
 

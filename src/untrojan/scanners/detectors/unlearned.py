@@ -3,18 +3,18 @@
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.record import Diagnosis
+from untrojan.registry import config
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.suspects import Suspects
 from untrojan.scanners.unlearning import Unlearning
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@config
 class Unlearned(Unlearning, Detector):
     """How sure the unlearned model still is of the label that a sample has.
 
