@@ -105,9 +105,9 @@ def test_more_gpus_than_there_are_are_told(address):
         Cluster(address, gpus=2)
 
 
-def test_an_address_that_is_empty_is_one_all_the_same(tmp_path, monkeypatch, capsys):
+def test_without_ray_there_is_no_cluster(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert command(["bench", "run", str(make_grid(tmp_path)), "--out", str(tmp_path / "out"), "--ray", ""]) == 4
+    assert command(["bench", "run", str(make_grid(tmp_path)), "--out", str(tmp_path / "out"), "--ray", "auto"]) == 4
     assert "--ray needs Ray" in capsys.readouterr().err
 
 
@@ -121,7 +121,7 @@ def test_gpus_are_of_ray(tmp_path, capsys):
 def test_the_command_runs_on_a_cluster(address, tmp_path, capsys):
     file = make_grid(tmp_path, defenses=SPOILS[:1])
     assert command(["bench", "run", str(file), "--out", str(tmp_path / "out"), "--ray", address, "-q"]) == 0
-    assert "1 cells: 1 done now" in capsys.readouterr().out
+    assert "1 cell: 1 done now" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("default")
