@@ -320,7 +320,7 @@ def test_ranking_goes_on_with_fewer_images_at_a_time_where_the_memory_does_not_s
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     net.register_forward_pre_hook(short)
-    with pytest.warns(UnreliableWarning, match="out of memory: 16 images at a time go through the network, not 32"):
+    with pytest.warns(UnreliableWarning, match="out of memory: images go through the network 16 at a time now, not 32"):
         rankings = FMP(p=6, images=32).rank(net, clean, seed=0)
     assert [len(ranking.right) for ranking in rankings.values()] == [6]
     assert (rankings["0"].right <= 32).all()

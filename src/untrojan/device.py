@@ -76,7 +76,7 @@ def halving(call: Callable[[int], T], size: int) -> T:
         except RuntimeError as error:
             if not out_of_memory(error) or size == 1:
                 raise
-        text = f"out of memory: {size // 2} images at a time go through the network, not {size}"
+        text = f"out of memory: images go through the network {size // 2} at a time now, not {size}"
         warnings.warn(UnreliableWarning(text), stacklevel=3)
         size //= 2
 
