@@ -342,7 +342,9 @@ def test_logits_where_the_memory_does_not_suffice(most):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return net(images)
 
-    with pytest.warns(UnreliableWarning, match="out of memory: images go through the network 50 at a time now, not 100"):
+    with pytest.warns(
+        UnreliableWarning, match="out of memory: images go through the network 50 at a time now, not 100"
+    ):
         out = logits(Short(), clean)
     assert torch.allclose(out, logits(net, clean), atol=1e-6)
     assert max(sizes[-4:]) <= most
