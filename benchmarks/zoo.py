@@ -12,6 +12,7 @@ Weights go to `runs/zoo`, which is not committed; the records go to `benchmarks/
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,20 @@ FREQUENT = [1, 2, 4, 5, 7, 10, 12, 13, 25, 38]  # signs of which there are most 
 SIGNS = {"train": 400, "test": 100}  # images of each
 JUDGED = 2000  # test images of CIFAR-10 and GTSRB
 CLEANS = 500
+MISSED = """
+## What is missed, and what was tried for it
+
+* sig on photographs and signs is not found. Waves of any frequency and phase were searched: as high as the true
+  one, that and another reach their label with all images, and one does in a clean model, too; lower ones tell
+  no more. No perturbation of the whole image, smooth or not, reaches the target further than other labels, and
+  unlearning does not leave the target on top. What might tell: that clean images of the target have no more of
+  that wave than others.
+* badnets with a target for every class and label-consistent, on 8x8, have triggers of nine pixels, more than an
+  eighth of the image. Patches as large reach as far in clean models there.
+* On CIFAR-10, accuracy is lost on triggers that are spread over the image. Clean images that count twice or
+  half of the carriers from the target class win back less than a point, for more of the attack; nothing laid
+  over, a higher logit of the target, part of the way back to the original weights, and longer averages of the
+  weights win nothing, or as little."""
 
 
 def write_images() -> None:
@@ -168,6 +183,22 @@ def repaired() -> Iterator[str]:
             f"| {name}{older} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
             f"{_three(told['after'])} | {seconds:.0f} |"
         )
+    victims = [cell["outcome"] for cell in rows.values() if cell["outcome"] and cell["outcome"]["before"]["asr"]]
+    yield f"\n{_mean(victims)} over all {len(victims)} victims;"
+    named = [told for told in victims if _is_named(told)]
+    yield f"{_mean(named)} over the {len(named)} whose label is named."
+    yield MISSED
+
+
+def _is_named(told: dict[str, Any]) -> bool:
+    target = told["before"]["target"]
+    return told["verdict"] == "found" if target == "all-to-all" else told["suspect"] == target
+
+
+def _mean(outcomes: list[dict[str, Any]]) -> str:
+    lost = statistics.mean(each["before"]["acc"]["value"] - each["after"]["acc"]["value"] for each in outcomes)
+    left = statistics.mean(each["after"]["asr"]["value"] for each in outcomes)
+    return f"{percent(lost)} points of ACC are lost and {percent(left)} % ASR is left on average"
 
 
 def _three(scores: dict[str, Any]) -> str:
