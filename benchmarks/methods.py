@@ -308,8 +308,8 @@ def page() -> str:
         "* Of one-shot, seed 0 is older than the present scan, and than taking a trigger for a patch where "
         "none was shown but patches reach the label. Cells older than the scan that searches triggers were "
         "given what unlearning named, the same labels.",
-        "* Cells with poisoned images had these told by covering recovered patches, but those of trojan_sq "
-        "and trojan_wm with 5 percent, where that told none.",
+        "* Cells with poisoned images had these told by covering recovered patches, but those of seed 2, and of "
+        "trojan_sq and trojan_wm with 5 percent, where that told none.",
         "* `auto` with 500 images is older than calling nothing repaired after an inconclusive scan, which is"
         " that of one-shot seed 1 of trojan_sq, and than drawing the 64 held-out images on which a scan first"
         " tells labels apart; it took the first. Most other cells but those alone are older than the folding "
