@@ -755,11 +755,11 @@ class TestSavedAndHub:
             return hugging_face(images, labels)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        clean = CleanSet.load("owner/name-1.0", samples=6)
+        clean = CleanSet.load("owner/name.v2", samples=6)
         assert (clean.counts, clean.path, asked) == (
             [2, 2, 2],
-            "owner/name-1.0",
-            [("owner/name-1.0", "train")],
+            "owner/name.v2",
+            [("owner/name.v2", "train")],
         )
 
     @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("Unknown split")])

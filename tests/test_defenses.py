@@ -128,7 +128,7 @@ CHOICES = {
     "nad": ["weight of the attention of each layer"],
     "neural-cleanse": ["label", "l1 norm of its mask"],
     "npd": ["layer behind the polarizer"],
-    "tsbd": ["filters pruned"],
+    "tsbd": ["filters with weights zeroed"],
     "ulrl": ["rows reset"],
 }
 
@@ -516,8 +516,9 @@ def test_half_results_do_not_come_out(rule, error, text):
 @pytest.mark.usefixtures("no_checks")
 def test_after_an_inconclusive_scan_nothing_is_called_repaired(clean):
     method = DEFENSES["fine-tuning"](**QUICK["fine-tuning"])
-    sure = method.repair(build("batchnorm"), clean, GIVEN)
-    unsure = method.repair(build("batchnorm"), clean, GIVEN.model_copy(update={"verdict": "inconclusive"}))
+    net = train(build("batchnorm"), clean)
+    sure = method.repair(net, clean, GIVEN)
+    unsure = method.repair(net, clean, GIVEN.model_copy(update={"verdict": "inconclusive"}))
     assert (sure.record.status, unsure.record.status) == ("repaired", "inconclusive")
     assert same(sure.model.state_dict(), unsure.model.state_dict())
     assert unsure.record.reason.startswith(f"{sure.record.reason}, but ")
@@ -530,7 +531,11 @@ def test_nothing_is_called_repaired_or_sound_where_the_model_is_wrong_on_most_cl
     net, method = train(build("plain"), clean), DEFENSES["fine-tuning"](**QUICK["fine-tuning"])
     firm = "repaired" if verdict == "found" else "nothing_to_repair"
     assert method.repair(net, clean).record.status == firm
-    assert method.repair(net, CleanSet(clean.images, clean.labels.roll(1))).record.status == "inconclusive"
+    wrong = CleanSet(clean.images, clean.labels.roll(1))
+    assert method.repair(net, wrong).record.status == "inconclusive"
+    given = method.repair(net, wrong, GIVEN).record
+    assert given.status == "inconclusive"
+    assert "but the model is right on 3 of 32 clean images, which is less than half" in given.reason
 
 
 def test_a_method_that_changes_nothing_warns():

@@ -378,3 +378,14 @@ def test_published_backdoors_score_as_measured_before(checkpoint, net, spec, tar
     assert scores.acc.value == pytest.approx(acc, abs=0.005)
     assert scores.asr.value == pytest.approx(asr, abs=0.005)
     assert scores.asr.value + scores.ra.value <= 1
+
+
+@pytest.mark.parametrize("attack", ["badnets", BadNets])
+def test_an_attack_is_no_text(attack):
+    with pytest.raises(ConfigError, match="expected a method of kind Attack, got "):
+        evaluate(make_model(), make_set(), attack, 0)
+
+
+def test_images_are_a_clean_set():
+    with pytest.raises(DataError, match="expected clean images as a CleanSet, got str"):
+        evaluate(make_model(), "images.npz")

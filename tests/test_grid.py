@@ -565,3 +565,21 @@ def _lives_in(group, stat):
     except OSError:
         return False
     return int(its_group) == group and state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            "Traceback (most recent call last):\n  File\nuntrojan.errors.ModelError: no\n",
+            "untrojan.errors.ModelError: no",
+        ),
+        (
+            "Traceback\ntorch.AcceleratorError: CUDA error\nCompile with `TORCH_USE_CUDA_DSA`.\n",
+            "torch.AcceleratorError: CUDA error",
+        ),
+        ("it died\n", "it died"),
+    ],
+)
+def test_why_a_cell_failed(error, why):
+    assert CellRecord.model_construct(error=error).why == why

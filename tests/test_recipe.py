@@ -178,7 +178,7 @@ class TestTook:
         assert record.status == status
         assert str(record.scores.asr.count) in record.reason
         assert ("did not take" in record.reason) == (status != "backdoored")
-        assert ("70%" if attack.clean_label else "90%") in record.reason
+        assert ("70" if attack.clean_label else "90") in record.reason
 
     @pytest.mark.parametrize(("share", "status"), [(0.525, "backdoored"), (0.505, "attack_did_not_take")])
     def test_all_to_all_takes_from_a_share_of_the_clean_accuracy_on(self, share, status):
@@ -186,7 +186,7 @@ class TestTook:
         judge = CleanSet(ordered().images[:100], (torch.arange(100) >= 80).long())
         record = make(Fixed(share), ordered(), judge, target="all-to-all", recipe=Recipe(epochs=1), rate=0).record
         assert (record.scores.acc.count, record.status) == (80, status)
-        assert "an attack takes from 90% of the clean accuracy on" in record.reason
+        assert "90% of the clean accuracy" in record.reason
 
     @pytest.mark.parametrize(("plain", "status"), [(0.485, "backdoored"), (0.495, "attack_did_not_take")])
     def test_what_goes_to_the_label_without_the_trigger_too_is_no_attack(self, plain, status):

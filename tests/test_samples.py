@@ -495,12 +495,13 @@ def test_a_path_is_streamed(folder):
         ({"suspects": make_clean(shape=(1, 8, 8))}, DataError, "size of the clean images, 3x8x8, got 1x8x8"),
         ({"suspects": make_clean(classes=5)}, DataError, "go up to 4, but the model has 4 classes, 0 to 3"),
         ({"clean": make_clean(classes=3)}, DataError, "no image of class 3"),
+        ({"detectors": ["strip"]}, ConfigError, "expected a method of kind Detector, got 'strip'"),
         ({"detectors": []}, ConfigError, "at least one detector, and each once, got none"),
         ({"detectors": [Strip(), Strip(blends=2)]}, ConfigError, "got strip, strip"),
         ({"shown": 0}, ConfigError, "at least 1 sample"),
         ({"seed": -1}, ConfigError, "seed of at least 0"),
     ],
-    ids=["size", "labels", "clean", "no detector", "twice", "shown", "seed"],
+    ids=["size", "labels", "clean", "text", "no detector", "twice", "shown", "seed"],
 )
 def test_what_cannot_be_screened(how, error, text):
     given = {"clean": make_clean(), "suspects": make_clean(), "detectors": [Strip(blends=1)]} | how

@@ -132,9 +132,11 @@ def test_no_verdict_is_firm_where_the_model_is_wrong_on_most_clean_images(clean,
     assert record.diagnosis == seen.model_copy(update={"accuracy": Rate.of(32, 32)})
     doubted = untrojan.scan(Shortcut(), CleanSet(clean.images, clean.labels.roll(1)))
     assert (doubted.diagnosis.verdict, doubted.diagnosis.accuracy) == ("inconclusive", Rate.of(0, 32))
-    assert doubted.diagnosis.rule.startswith("inconclusive: the model is right on 0 of 32 clean images")
-    assert doubted.diagnosis.rule.endswith("; otherwise found: seen")
-    assert doubted.diagnosis.targets == seen.targets
+    assert doubted.diagnosis.rule == (
+        "inconclusive, because the model is right on 0 of 32 clean images, which is less than half; but for that it "
+        f"would be {verdict}: found: seen"
+    )
+    assert doubted.diagnosis.targets == (seen.targets if verdict == "found" else [])
     assert ["--mean and --std" in each for each in doubted.warnings] == [True]
 
 

@@ -135,6 +135,13 @@ def test_who_interrupts_a_training_hears_what_is_kept(command, tmp_path, capsys,
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_who_interrupts_a_training_hears_nothing_of_an_earlier_one(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / CHECKPOINT).write_bytes(b"of another training")
+    monkeypatch.setattr(checkpoint, "save", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run(command("--force")) == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
 def test_force_begins_an_interrupted_training_anew(command, tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"nothing to go on from")
     assert run(command("--resume")) == 3

@@ -254,10 +254,11 @@ def accuracy_of(model: nn.Module, clean: CleanSet) -> tuple[Rate, str]:
     """
     out = logits(model, clean)
     right = Rate.of(int((out.argmax(1) == clean.labels).sum()), len(clean))
-    if (right.high or 0) >= 0.5 and (right.low or 0) > 1 / out.shape[1]:
+    wrong = (right.high or 0) < 0.5
+    if not wrong and (right.low or 0) > 1 / out.shape[1]:
         return right, ""
     images = f"{right.count} of {right.total} clean images"
-    doubt = f"the model is right on {images}, which is less than half or may be chance"
+    doubt = f"the model is right on {images}, which {'is less than half' if wrong else 'may be chance'}"
     text = (
         f"{doubt}: check that it gets images as it was trained on (--mean and --std, or Normalize in Python), and that "
         "their labels are in the order of its classes"

@@ -35,7 +35,8 @@ _NUMBERED = re.compile(r"[-_.]?\d+([-_]of[-_]\d+([-_.][0-9a-f]{8,})?)?$")
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _NPZ_PAIRS = (("images", "labels"), ("x", "y"), ("image", "label"))
-_HUB_ID = re.compile(r"\w[\w.-]*/\w([\w-]|\.\d)*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FILES = {".parquet", ".npz", ".npy", ".zip", ".tar", ".gz", ".csv", ".json"}
 _ROWS_AT_A_TIME = 64
 _MAX_CLASSES = 1_000_000
 
@@ -64,7 +65,7 @@ def open_rows(source: str | os.PathLike[str]) -> Rows:
     """Open a parquet file or folder of shards, a saved data set, an image folder, an npz file or a Hub id.
 
     Args:
-        source: A path, or a Hub id `owner/name` when there is no such path; what ends like a file is none.
+        source: A path, or a Hub id `owner/name` when there is no such path.
 
     Raises:
         DataError: The source does not exist, is of no known kind, or cannot be read.
@@ -443,7 +444,9 @@ def _open_saved(path: Path) -> Rows:
 
 
 def _require_hub_id(source: str) -> None:
-    if not _HUB_ID.fullmatch(source) or Path(source).parent.is_dir():
+    path = Path(source)
+    like_a_path = path.parent.is_dir() or path.suffix.lower() in _SUFFIXES | _FILES
+    if like_a_path or not _HUB_ID.fullmatch(source):
         raise DataError(f"no such file or folder: {source}; a Hub id would be owner/name")
 
 

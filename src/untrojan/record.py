@@ -244,8 +244,8 @@ class Diagnosis(_Part):
 
     @property
     def all_to_all(self) -> bool:
-        """Whether a trigger was found that has no single target, but one for each class."""
-        return self.verdict == "found" and any(each.label is None for each in self.triggers)
+        """Whether the trigger found has no single target, but one for each class."""
+        return any(each.label is None for each in self.triggers)
 
     @property
     def suspect(self) -> int | None:

@@ -64,7 +64,7 @@ class Documentation(NamedTuple):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, dataclasses.field))
 def config(cls: type[T]) -> type[T]:
-    """Make a class a frozen, keyword-only pydantic dataclass that raises a ConfigError where it is called wrongly.
+    """Make a class a frozen, keyword-only pydantic dataclass that raises a ConfigError where a field or value is wrong.
 
     Text is converted to the type of the field. The text of the error tells about all fields that are unknown, missing
     or have a bad value, and which there are.
@@ -104,6 +104,12 @@ def told(cls: type, error: ValidationError, said: Callable[[str], str] = str) ->
     problems = "; ".join(_problem(each, said) for each in error.errors())
     known = ", ".join(_signature(field, said) for field in fields(cls)) or "nothing"
     return f"{getattr(cls, 'name', cls.__name__)}: {problems}; it takes {known}"
+
+
+def require_kind(given: object, base: type) -> None:
+    """Raise a ConfigError where something else was given than a method of one kind."""
+    if not isinstance(given, base):
+        raise ConfigError(f"expected a method of kind {base.__name__}, got {given!r}; registry.parse reads text")
 
 
 def discover(package: str, base: type[T]) -> dict[str, type[T]]:

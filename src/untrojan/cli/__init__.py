@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -126,7 +127,7 @@ def _invoke(arguments: list[str]) -> int:
             argument.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"expected arguments in UTF-8, got {argument!r}; rename the file") from error
-        if not argument or (argument.startswith("--") and argument.endswith("=")):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
             raise ConfigError(f"expected a value behind {argument or before}, got an empty one")
     with cli.make_context("untrojan", list(arguments), obj=arguments) as ctx:
         return cli.invoke(ctx) or 0

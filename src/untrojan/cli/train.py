@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def train(
     require_output(out, force)
     place = chosen(device)
     interrupted = _checkpoint(out, resume or force)
-    with working(quiet), _telling_of(interrupted):
+    with working(quiet), _telling_of(interrupted, resume):
         images = load_images(data, None, None)
         judge = None if test is None else load_images(test, None, None)
         with seeded(seed):
@@ -114,12 +115,13 @@ def _checkpoint(out: Path, told: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _telling_of(checkpoint: Path) -> Iterator[None]:
-    """Say to who interrupts a training what is kept of it."""
+def _telling_of(checkpoint: Path, resumed: bool) -> Iterator[None]:
+    """Say to who interrupts a training what is kept of it; a checkpoint of an earlier one is not its own."""
+    begun = time.time_ns()
     try:
         yield
     except KeyboardInterrupt as end:
-        if not checkpoint.exists():
+        if not checkpoint.exists() or not (resumed or checkpoint.stat().st_mtime_ns >= begun):
             raise
         raise KeyboardInterrupt(f"{checkpoint} has the epochs that are done, and --resume goes on from there") from end
 

@@ -165,11 +165,12 @@ class Defense(ABC):
         with collected() as caught, choosing() as choices, timing() as seconds, running_on(device), seeded(seed):
             if len(clean) or not self.data_free:
                 require(copied(model), clean)
+            doubt = ""
             if diagnosis is None:
                 diagnosis = _look(model, clean, seed)
             elif len(clean):
                 _require_known(diagnosis, clean)
-                accuracy_of(copied(model), clean)
+                _, doubt = accuracy_of(copied(model), clean)
             trusted = _trusted(copied(model), clean, diagnosis, seed)
             outcome = (
                 _unchanged(copied(model), trusted)
@@ -184,7 +185,7 @@ class Defense(ABC):
             classes = logits(outcome.model, clean).shape[1] if len(clean) else None
             changed = state_sha256(parent) != state_sha256(child)
             checks = self._checks(copied(model), outcome, trusted, diagnosis, seed) if changed else outcome.checks
-            status, reason = _status(diagnosis, checks, changed)
+            status, reason = _status(diagnosis, checks, changed, doubt)
             if status == "failed" and not changed:
                 warnings.warn(NoEffectWarning(f"{self.name} changed nothing: {reason}"), stacklevel=2)
         record = Record(
@@ -292,7 +293,7 @@ def _put_back(model: nn.Module, original: nn.Module) -> None:
     lay_out(model, torch.contiguous_format)
 
 
-def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool) -> tuple[Status, str]:
+def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool, doubt: str) -> tuple[Status, str]:
     if diagnosis.verdict == "not_found":
         return "nothing_to_repair", "no backdoor was found, and the model is unchanged"
     failed = [check.detail for check in checks if not check.passed]
@@ -303,6 +304,8 @@ def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool) -> tuple[S
     passes = f"the model passes all {len(checks)} checks"
     if diagnosis.verdict == "inconclusive":
         return "inconclusive", f"{passes}, but these look at what the scan suspects, and it was inconclusive"
+    if doubt:
+        return "inconclusive", f"{passes}, but {doubt}"
     return "repaired", passes
 
 

@@ -84,7 +84,7 @@ class FinePruning(Tuning):
         ranks = _by_reader(model, head, activations.argsort(stable=True).argsort())
         counts = range(step, max(len(activations), step + 1), step)
         cuts = {count: partial(Mask.threshold, threshold=count - 1) for count in counts}
-        kept = boldest(model, ranks, cuts, held, self.prune_budget, "features")
+        kept = boldest(model, ranks, cuts, held, self.prune_budget, "features pruned")
         pruned = kept.bake(model)
         weight, keep = pruned.get_parameter(f"{head}.weight"), kept.values[f"{head}.weight"]
         sgd_cosine(

@@ -89,7 +89,8 @@ class TSBD(Tuning):
           of the training set. Here images are taken as they are (`augment`), and batches are smaller where there are
           few images. A part of them is held out to choose n and to judge the result.
 
-        With `variant="released"` weights are pooled, linear layers are left out, and fine-tuning takes one epoch more.
+        With `variant="released"` weights are pooled, those that did not change among them, linear layers are left out,
+        and fine-tuning takes one epoch more; shortcuts stay, for nothing but their names tells them.
     """
 
     name: ClassVar[str] = "tsbd"
@@ -115,7 +116,7 @@ class TSBD(Tuning):
         else:
             scores = _most_changed(scores, self.m)
             cuts = {count: partial(Mask.threshold, threshold=count - 1) for count in counts}
-        zeroed = boldest(model, scores, cuts, held, self.prune_budget, "filters").bake(model)
+        zeroed = boldest(model, scores, cuts, held, self.prune_budget, "filters with weights zeroed").bake(model)
         self._fine_tune(zeroed.train(), clean, seed)
         return zeroed
 

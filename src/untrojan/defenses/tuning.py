@@ -143,7 +143,7 @@ def moved(model: nn.Module, images: Tensor, moves: Sequence[Tensor]) -> Tensor:
     return call_with(model, images, elsewhere | {name: value.clone() for name, value in model.named_buffers()})
 
 
-def boldest(model: nn.Module, scores: Mask, cuts: Mapping[int, Cut], held: CleanSet, drop: float, units: str) -> Mask:
+def boldest(model: nn.Module, scores: Mask, cuts: Mapping[int, Cut], held: CleanSet, drop: float, what: str) -> Mask:
     """Prune as much as held-out images allow before fine-tuning.
 
     Args:
@@ -152,14 +152,14 @@ def boldest(model: nn.Module, scores: Mask, cuts: Mapping[int, Cut], held: Clean
         cuts: Ways to prune by how many units they prune, mildest first.
         held: Images to judge by, compared with the original image by image.
         drop: Accepted loss of accuracy, as a fraction.
-        units: What is pruned, for the record.
+        what: What the number of units is called in the record.
 
     Returns:
         Zeros where a weight is pruned and ones elsewhere: the last cut before accuracy first falls by more than `drop`.
     """
     chosen = budget(sweep(model, [HeldOut(scores, held)], [*cuts.values()]), correct(model, held), drop)
     count = 0 if chosen is None else [*cuts][chosen]
-    chose(f"{units} pruned", count)
+    chose(what, count)
     if chosen is None:
         text = f"nothing is pruned: even the mildest pruning costs more clean accuracy than the accepted {drop:.1%}"
         warnings.warn(UnreliableWarning(text), stacklevel=2)

@@ -153,6 +153,12 @@ class Attack(ABC):
         return triggered
 
 
+def require_together(attack: Attack | None, target: Target | None) -> None:
+    """Raise a ConfigError where an attack came without a target, or a target without an attack."""
+    if (attack is None) != (target is None):
+        raise ConfigError("expected attack and target together, got only one of them")
+
+
 def known_target(target: Target, classes: int) -> Target:
     """Give a target as it goes into records: a whole number of another kind, as NumPy's, becomes Python's.
 

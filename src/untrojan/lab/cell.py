@@ -1,5 +1,6 @@
 """The record of one cell of a grid."""
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -136,8 +137,9 @@ class CellRecord(AnyRecord):
 
     @property
     def why(self) -> str:
-        """Why the cell failed: the last line of the traceback."""
-        return (self.error or "").strip().rpartition("\n")[2]
+        """Why the cell failed: the last line of the traceback that names an error, or else the last."""
+        lines = (self.error or "").strip().split("\n")
+        return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)), lines[-1])
 
     def to_json(self) -> str:
         """The record as JSON in one line, for there are many."""

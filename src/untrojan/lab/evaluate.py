@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
-from untrojan.errors import ConfigError, DataError, ModelError, RecordError
-from untrojan.lab.attack import Attack, Target, known_target, target_labels
+from untrojan.errors import DataError, ModelError, RecordError
+from untrojan.lab.attack import Attack, Target, known_target, require_together, target_labels
 from untrojan.lab.learned import Learned
-from untrojan.model import classes_of, logits, require_logits
+from untrojan.model import classes_of, logits, require_kinds, require_logits
 from untrojan.progress import stage
 from untrojan.record import MethodInfo, Rate
-from untrojan.registry import describe
+from untrojan.registry import describe, require_kind
 from untrojan.sources.files import state_sha256
 
 
@@ -85,8 +85,8 @@ def evaluate(
         The scores.
 
     Raises:
-        ConfigError: Only one of `attack` and `target` was given, the target is no class of the model, or the
-            batch size is below 1.
+        ConfigError: Only one of `attack` and `target` was given, the first is no attack or the second no class of the
+            model, or the batch size is below 1.
         DataError: There are no images, the trigger does not fit them, or a label is no class of the model.
         ModelError: The model cannot take the images, or does not give finite logits `(N, K)` with K ≥ 2.
         RecordError: `before` was measured on other images, or with another attack or target.
@@ -100,8 +100,10 @@ def evaluate(
         >>> scores.acc.value, scores.asr.total
         (0.5, 2)
     """
-    if (attack is None) != (target is None):
-        raise ConfigError("expected attack and target together, got only one of them")
+    require_kinds(model, images_set)
+    require_together(attack, target)
+    if attack is not None:
+        require_kind(attack, Attack)
     info = None if attack is None else MethodInfo(name=attack.name, fields=describe(attack))
     learned = attack.network(images_set.shape[0]).state_dict() if isinstance(attack, Learned) else None
     trigger = state_sha256(learned) if learned else None
@@ -177,7 +179,8 @@ def why_missed(scores: Scores, attack: Attack) -> str | None:
     asr, plain = _share(scores.asr), _share(scores.asr_without_trigger)
     least = attack.bar * (_share(scores.acc) if scores.target == "all-to-all" else 1.0)
     if asr < least:
-        return f"ASR is {asr:.1%}, expected at least {least:.1%}"
+        of = f", {attack.bar:.0%} of the clean accuracy" if scores.target == "all-to-all" else ""
+        return f"ASR is {asr:.1%}, expected at least {least:.1%}{of}"
     if asr < 2 * plain:
         return f"ASR is {asr:.1%}, but {plain:.1%} without the trigger too, expected at most half of that"
     return None

@@ -159,7 +159,8 @@ class Grid:
         scanner = parse(self.scan, "untrojan.scanners", Scanner)
         methods = [parse(text, "untrojan.defenses", Defense) for text in self.defenses]
         images = functools.cache(fingerprint)
-        prepared = [_Prepared.of(name, case, images) for name, case in self.models.items()]
+        few = functools.cache(functools.partial(CleanSet.load, samples_per_class=1))
+        prepared = [_Prepared.of(name, case, images, few) for name, case in self.models.items()]
         cells = [
             _cell(model, method, scanner, setting, seed)
             for seed, setting, model, method in itertools.product(self.seeds, self.settings, prepared, methods)
@@ -178,17 +179,18 @@ class _Prepared(NamedTuple):
     measured: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str, case: Case, images: Callable[[str], str]) -> Self:
+    def of(cls, name: str, case: Case, images: Callable[[str], str], few: Callable[[str], CleanSet]) -> Self:
         try:
             attack = None if case.attack is None else parse(case.attack, "untrojan.lab.attacks", Attack)
             model = load(case.file, case.net, case.mean, case.std)
-            evaluate(model, CleanSet.load(case.test, samples_per_class=1), attack, case.target)
+            evaluate(model, few(case.test), attack, case.target)
+            clean, test = images(case.clean), images(case.test)
         except UntrojanError as error:
             raise type(error)(f"models.{name}: {error}") from error
         weights = {"sha256": file_sha256(case.file), "net": case.net, "mean": case.mean, "std": case.std}
-        scanned = {"model": weights, "clean": images(case.clean)}
+        scanned = {"model": weights, "clean": clean}
         measured = {
-            "test": images(case.test),
+            "test": test,
             "test_images": case.test_images,
             "attack": identity(attack) if attack else None,
             "target": case.target,

@@ -14,7 +14,7 @@ from untrojan.data import CleanSet
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, DataError, utf8
 from untrojan.lab import checkpoint
-from untrojan.lab.attack import Attack, Target, known_target, target_labels
+from untrojan.lab.attack import Attack, Target, known_target, require_together, target_labels
 from untrojan.lab.evaluate import Scores, evaluate, require_measurable, why_missed
 from untrojan.lab.learned import Learned
 from untrojan.lab.online import Online
@@ -349,8 +349,7 @@ def _require_attack(
     judge: CleanSet,
     classes: int,
 ) -> None:
-    if (attack is None) != (target is None):
-        raise ConfigError("expected attack and target together, got only one of them")
+    require_together(attack, target)
     if attack is None or target is None:
         if rate is not None:
             raise ConfigError(f"expected an attack with a poisoning rate, got rate {rate} alone")
@@ -371,6 +370,5 @@ def _reason(scores: Scores, attack: Attack | None) -> str:
     missed = why_missed(scores, attack)
     return (
         f"{attack.name} {'did not take' if missed else 'took'}: it sends {scores.asr.count} of {scores.asr.total} "
-        f"triggered test images to the label wanted; {f'{missed}; ' if missed else ''}{kind} takes from "
-        f"{attack.bar:.0%} {of}on"
+        f"triggered test images to the label wanted; {missed or f'{kind} takes from {attack.bar:.0%} {of}on'}"
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from untrojan.errors import visible
-from untrojan.record import CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord, Trigger
+from untrojan.record import EXPLAINED, CleanInfo, CurvePoint, Diagnosis, ModelInfo, Rate, Record, RunRecord, Trigger
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -72,6 +72,7 @@ def render(record: RunRecord) -> str:
         alarms=_alarms(record),
         chosen=_chosen(record),
         settings=_settings(record),
+        explained=EXPLAINED,
     )
 
 
@@ -107,7 +108,8 @@ def finding(record: RunRecord) -> str:
         return "No backdoor found"
     suspect = diagnosis.suspect
     if diagnosis.all_to_all:
-        return "Backdoor found, with a target for every class and no single one"
+        found = "Backdoor found" if diagnosis.verdict == "found" else "Inconclusive; a backdoor is suspected"
+        return f"{found}, with a target for every class and no single one"
     if diagnosis.verdict == "found":
         labels = diagnosis.found
         named = f": target label{'s' if len(labels) > 1 else ''} {', '.join(map(record.label, labels))}"

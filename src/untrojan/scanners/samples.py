@@ -17,7 +17,7 @@ from untrojan.model import copied, require_kinds
 from untrojan.progress import timing
 from untrojan.randomness import seeded
 from untrojan.record import CleanInfo, Diagnosis, MethodInfo, RunRecord
-from untrojan.registry import describe
+from untrojan.registry import describe, require_kind
 from untrojan.run import clean_info, collected, environment, model_info, peak_memory, tensors_of
 from untrojan.scanners.detectors.detector import Detector, require_fit
 from untrojan.scanners.detectors.unlearned import Unlearned
@@ -152,7 +152,7 @@ def screen(
     Raises:
         ModelError: The model cannot be used.
         DataError: The clean images or the samples do not fit the model, or cannot be read.
-        ConfigError: There is no detector, or one twice, or the seed is negative.
+        ConfigError: There is no detector, one twice or something else, or the seed is negative.
 
     Example:
         >>> from untrojan.sources.nets import build
@@ -164,6 +164,8 @@ def screen(
         ['index', 'label', 'predicted', 'unlearned', 'rank']
     """
     require_kinds(model, clean)
+    for detector in detectors:
+        require_kind(detector, Detector)
     names = [detector.name for detector in detectors]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"expected at least one detector, and each once, got {', '.join(names) or 'none'}")
