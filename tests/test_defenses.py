@@ -21,6 +21,7 @@ from untrojan.mask import products
 from untrojan.model import correct, logits
 from untrojan.record import Record
 from untrojan.registry import config, describe
+from untrojan.report import render
 from untrojan.scanners.triggers import TriggerScanner
 from untrojan.sources.files import Checkpoint, save_state, state_sha256
 from untrojan.sources.undo import restore
@@ -532,10 +533,12 @@ def test_nothing_is_called_repaired_or_sound_where_the_model_is_wrong_on_most_cl
     firm = "repaired" if verdict == "found" else "nothing_to_repair"
     assert method.repair(net, clean).record.status == firm
     wrong = CleanSet(clean.images, clean.labels.roll(1))
-    assert method.repair(net, wrong).record.status == "inconclusive"
-    given = method.repair(net, wrong, GIVEN).record
-    assert given.status == "inconclusive"
+    looked = method.repair(net, wrong).record
+    given = method.repair(net, wrong, GIVEN.model_copy(update={"verdict": verdict})).record
+    assert (looked.status, given.status) == ("inconclusive", "inconclusive")
     assert "but the model is right on 3 of 32 clean images, which is less than half" in given.reason
+    assert (looked.values_changed == given.values_changed == 0) == (verdict == "not_found")
+    assert ("model is unchanged." in render(looked)) == (verdict == "not_found")
 
 
 def test_a_method_that_changes_nothing_warns():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ class TestTook:
         assert record.status == status
         assert str(record.scores.asr.count) in record.reason
         assert ("did not take" in record.reason) == (status != "backdoored")
-        assert ("70" if attack.clean_label else "90") in record.reason
+        assert re.search(r"\b70(\.0)?%" if attack.clean_label else r"\b90(\.0)?%", record.reason)
 
     @pytest.mark.parametrize(("share", "status"), [(0.525, "backdoored"), (0.505, "attack_did_not_take")])
     def test_all_to_all_takes_from_a_share_of_the_clean_accuracy_on(self, share, status):

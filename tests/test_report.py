@@ -486,7 +486,7 @@ def test_same_record_gives_the_same_page(pages):
         ),
         (
             scanned(ALL_TO_ALL.model_copy(update={"verdict": "inconclusive"})),
-            "Inconclusive; the most suspicious label is 0 (airplane).",
+            "Inconclusive; a backdoor is suspected, with a target for every class and no single one.",
             "? Inconclusive",
         ),
         (scanned(ALL_TO_ALL), "Backdoor found, with a target for every class and no single one.", "✕ Found"),

@@ -124,7 +124,7 @@ def test_the_function_is_the_scanner(clean, monkeypatch):
     assert untrojan.scan(net, clean).method.name == "triggers"
 
 
-@pytest.mark.parametrize("verdict", ["found", "not_found"])
+@pytest.mark.parametrize("verdict", ["found", "not_found", "inconclusive"])
 def test_no_verdict_is_firm_where_the_model_is_wrong_on_most_clean_images(clean, monkeypatch, verdict):
     seen = Diagnosis(verdict=verdict, rule="found: seen", targets=[Target(label=2, score=1.0)], runs=[])
     monkeypatch.setattr(TriggerScanner, "_scan", lambda *_: seen)
@@ -133,10 +133,11 @@ def test_no_verdict_is_firm_where_the_model_is_wrong_on_most_clean_images(clean,
     doubted = untrojan.scan(Shortcut(), CleanSet(clean.images, clean.labels.roll(1)))
     assert (doubted.diagnosis.verdict, doubted.diagnosis.accuracy) == ("inconclusive", Rate.of(0, 32))
     assert doubted.diagnosis.rule == (
-        "inconclusive, because the model is right on 0 of 32 clean images, which is less than half; but for that it "
-        f"would be {verdict}: found: seen"
+        "inconclusive, because the model is right on 0 of 32 clean images, which is less than half; the evidence alone "
+        f"gives {verdict}, by this rule: found: seen"
     )
-    assert doubted.diagnosis.targets == (seen.targets if verdict == "found" else [])
+    assert (doubted.diagnosis.targets, doubted.diagnosis.overruled) == (seen.targets, verdict)
+    assert doubted.diagnosis.suspects == ([] if verdict == "not_found" else [2])
     assert ["--mean and --std" in each for each in doubted.warnings] == [True]
 
 

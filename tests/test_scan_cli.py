@@ -99,11 +99,17 @@ def test_exit_code_follows_the_verdict(command, talk, stub, tmp_path, verdict, c
     assert json.loads((tmp_path / "out" / SARIF).read_text())["runs"][0]["properties"]["verdict"] == verdict
 
 
-@pytest.mark.parametrize("verdict", ["found", "not_found"])
-def test_a_model_that_is_wrong_on_its_clean_images_is_told(command, talk, stub, tmp_path, verdict):
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ("found", "Inconclusive; the most suspicious label is 1"),
+        ("not_found", "The scan for a backdoor was inconclusive"),
+    ],
+)
+def test_a_model_that_is_wrong_on_its_clean_images_is_told(command, talk, stub, tmp_path, verdict, words):
     code, out, err = talk(command("--verdict", verdict, clean=tmp_path / "mixed up.npz"))
     assert code == 2
-    assert out.startswith("Inconclusive; the most suspicious label is 1\nThe model is right on 0 of 40 clean images")
+    assert out.startswith(f"{words}\nThe model is right on 0 of 40 clean images")
     assert "--mean and --std" in err
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["diagnosis"]["verdict"], record["diagnosis"]["accuracy"]["count"]) == ("inconclusive", 0)

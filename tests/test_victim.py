@@ -324,3 +324,8 @@ class TestTrain:
             scores = evaluate(train(net, poison(training, PATCH, 7, rate, 0), 8, seed=0), test, PATCH, 7)
             assert scores.acc.value >= 0.95
             assert low <= scores.asr.value <= high
+
+
+def test_an_attack_is_no_text():
+    with pytest.raises(ConfigError, match="expected a method of kind Attack, got 'badnets'"):
+        poison(CleanSet(torch.rand(4, 1, 4, 4), torch.arange(4)), "badnets", 1)

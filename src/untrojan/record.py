@@ -219,7 +219,7 @@ class Diagnosis(_Part):
 
     The evidence is unlearning `runs`, Neural Cleanse's `patches`, or how far small triggers and whole-image changes
     reach and the `triggers` recovered, as the scanner has it. `accuracy` is that of the model on the clean images,
-    where it was measured.
+    where it was measured; `overruled` is the verdict of the evidence, where the accuracy left none.
     """
 
     verdict: Verdict
@@ -232,6 +232,12 @@ class Diagnosis(_Part):
     triggers: list[Trigger] = Field(default_factory=list)
     calibration: Calibration | None = None
     accuracy: Rate | None = None
+    overruled: Verdict | None = None
+
+    @property
+    def cleared(self) -> bool:
+        """Whether the evidence is against no label, be the accuracy what it may."""
+        return "not_found" in (self.verdict, self.overruled)
 
     @property
     def found(self) -> list[int]:
@@ -250,7 +256,7 @@ class Diagnosis(_Part):
     @property
     def suspect(self) -> int | None:
         """The label that the scan puts first, unless it cleared the model, told no labels apart, or all are targets."""
-        if self.verdict == "not_found" or self.all_to_all or not self.targets:
+        if self.cleared or self.all_to_all or not self.targets:
             return None
         return self.targets[0].label
 

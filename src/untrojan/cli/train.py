@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,11 +116,11 @@ def _checkpoint(out: Path, told: bool) -> Path:
 @contextlib.contextmanager
 def _telling_of(checkpoint: Path, resumed: bool) -> Iterator[None]:
     """Say to who interrupts a training what is kept of it; a checkpoint of an earlier one is not its own."""
-    begun = time.time_ns()
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
     try:
         yield
     except KeyboardInterrupt as end:
-        if not checkpoint.exists() or not (resumed or checkpoint.stat().st_mtime_ns >= begun):
+        if not checkpoint.exists() or (not resumed and checkpoint.stat().st_mtime_ns == before):
             raise
         raise KeyboardInterrupt(f"{checkpoint} has the epochs that are done, and --resume goes on from there") from end
 

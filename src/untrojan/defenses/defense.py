@@ -174,7 +174,7 @@ class Defense(ABC):
             trusted = _trusted(copied(model), clean, diagnosis, seed)
             outcome = (
                 _unchanged(copied(model), trusted)
-                if diagnosis.verdict == "not_found"
+                if diagnosis.cleared
                 else self._repair(_to_repair(model, trusted), trusted, diagnosis, seed)
             )
             _put_back(outcome.model, model)
@@ -294,7 +294,9 @@ def _put_back(model: nn.Module, original: nn.Module) -> None:
 
 
 def _status(diagnosis: Diagnosis, checks: list[Check], changed: bool, doubt: str) -> tuple[Status, str]:
-    if diagnosis.verdict == "not_found":
+    if diagnosis.cleared and (doubt or diagnosis.verdict != "not_found"):
+        return "inconclusive", f"no backdoor was found, but {doubt or 'the scan is in doubt'}; the model is unchanged"
+    if diagnosis.cleared:
         return "nothing_to_repair", "no backdoor was found, and the model is unchanged"
     failed = [check.detail for check in checks if not check.passed]
     if failed:

@@ -14,6 +14,7 @@ from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
 from untrojan.randomness import seeded
 from untrojan.readers import decoding, pixels
+from untrojan.registry import require_kind
 
 if TYPE_CHECKING:
     from untrojan.lab.online import Online
@@ -154,9 +155,11 @@ class Attack(ABC):
 
 
 def require_together(attack: Attack | None, target: Target | None) -> None:
-    """Raise a ConfigError where an attack came without a target, or a target without an attack."""
+    """Raise a ConfigError where an attack came without a target, a target without an attack, or something else."""
     if (attack is None) != (target is None):
         raise ConfigError("expected attack and target together, got only one of them")
+    if attack is not None:
+        require_kind(attack, Attack)
 
 
 def known_target(target: Target, classes: int) -> Target:

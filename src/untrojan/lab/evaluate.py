@@ -15,7 +15,7 @@ from untrojan.lab.learned import Learned
 from untrojan.model import classes_of, logits, require_kinds, require_logits
 from untrojan.progress import stage
 from untrojan.record import MethodInfo, Rate
-from untrojan.registry import describe, require_kind
+from untrojan.registry import describe
 from untrojan.sources.files import state_sha256
 
 
@@ -102,8 +102,6 @@ def evaluate(
     """
     require_kinds(model, images_set)
     require_together(attack, target)
-    if attack is not None:
-        require_kind(attack, Attack)
     info = None if attack is None else MethodInfo(name=attack.name, fields=describe(attack))
     learned = attack.network(images_set.shape[0]).state_dict() if isinstance(attack, Learned) else None
     trigger = state_sha256(learned) if learned else None

@@ -21,6 +21,7 @@ from untrojan.fit import Epoch, Standing, fit, size_without_single
 from untrojan.lab.attack import Attack, Target, target_labels
 from untrojan.lab.online import Online
 from untrojan.randomness import random_state, seeded, set_random_state
+from untrojan.registry import require_kind
 from untrojan.speed import faster, lay_out, layout_of
 
 State = Mapping[str, Any]
@@ -60,6 +61,7 @@ def poison(images: CleanSet, attack: Attack, target: Target, rate: float | None 
         >>> poisoned.images[:, 0, 3, 3].tolist()
         [0, 0, 255, 0, 255, 0, 0, 0]
     """
+    require_kind(attack, Attack)
     rate = attack.rate_or(rate)
     if attack.clean_label and target == "all-to-all":
         raise ConfigError(f"{attack.name} poisons images of the target class only; expected one class, got all-to-all")

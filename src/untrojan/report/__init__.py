@@ -218,7 +218,7 @@ def _verdict(record: RunRecord) -> str:
     found = finding(record) + (". The model " if repaired else "; the ")
     if repaired:
         return found + "was repaired."
-    if record.status == "nothing_to_repair":
+    if record.status == "nothing_to_repair" or record.diagnosis.cleared:
         return found + "model is unchanged."
     if record.status == "inconclusive":
         return found + "repair passed its checks."

@@ -50,9 +50,9 @@ class Scanner(ABC):
             diagnosis = self._scan(copied(model), clean, seed).model_copy(update={"accuracy": accuracy})
             if not doubt:
                 return diagnosis
-            rule = f"inconclusive, because {doubt}; but for that it would be {diagnosis.verdict}: {diagnosis.rule}"
-            targets = [] if diagnosis.verdict == "not_found" else diagnosis.targets
-            return diagnosis.model_copy(update={"verdict": "inconclusive", "rule": rule, "targets": targets})
+            verdict = diagnosis.verdict
+            rule = f"inconclusive, because {doubt}; the evidence alone gives {verdict}, by this rule: {diagnosis.rule}"
+            return diagnosis.model_copy(update={"verdict": "inconclusive", "rule": rule, "overruled": verdict})
 
     @final
     def examine(self, model: nn.Module, clean: CleanSet, seed: int = 0, source: Checkpoint | None = None) -> ScanRecord:
