@@ -232,7 +232,7 @@ def test_divergence_does_not_crash(name, given, fields, clean):
     repair = rnp(budget=0.5, unlearn_epochs=2, **{"recover_epochs": 2} | fields).repair(net, clean, given)
     assert all(torch.isfinite(value).all() for value in repair.model.state_dict().values())
     assert Record.model_validate_json(repair.record.to_json()) == repair.record
-    assert repair.record.status in ("repaired" if given else "inconclusive", "failed")
+    assert repair.record.status in ("inconclusive", "failed")
 
 
 @unchecked
