@@ -35,6 +35,17 @@ def alike(one, other, atol=0.0):
     assert [name for name, value in one.items() if not torch.allclose(value, other[name], rtol=0, atol=atol)] == []
 
 
+def changed_at_random(name):
+    """A network, and a copy of which every weight went elsewhere."""
+    net = build(name)
+    torch.manual_seed(4)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += torch.randn_like(weight)
+    return net, other
+
+
 @pytest.mark.parametrize("name", ["batchnorm", "convnext", "depthwise"])
 def test_unlearning_written_out(name, clean):
     method = tsbd(unlearn_lr=0.001)
@@ -72,12 +83,7 @@ def test_a_floor_that_is_not_reached_warns(clean, floor, expected):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("m", [0.3, 0.7, 1])
 def test_most_changed_by_hand(name, m):
-    net = build(name)
-    torch.manual_seed(4)
-    unlearned = copy.deepcopy(net)
-    with torch.no_grad():
-        for weight in unlearned.parameters():
-            weight += torch.randn_like(weight)
+    net, unlearned = changed_at_random(name)
     filters = {}
     for layer in products(net)[:-1]:
         changes = (unlearned.get_submodule(layer).weight - net.get_submodule(layer).weight).detach().abs().flatten(1)
@@ -95,12 +101,7 @@ def test_most_changed_by_hand(name, m):
 @pytest.mark.parametrize("name", [name for name in NETS if any(w.ndim > 2 for w in build(name).parameters())])
 @pytest.mark.parametrize("count", [1, 5])
 def test_released_pools_the_weights_of_convolutions(name, count):
-    net = build(name)
-    torch.manual_seed(4)
-    unlearned = copy.deepcopy(net)
-    with torch.no_grad():
-        for weight in unlearned.parameters():
-            weight += torch.randn_like(weight)
+    net, unlearned = changed_at_random(name)
     changes = tsbd(variant="released")._changes(net, unlearned)
     convolutions = [f"{layer}.weight" for layer in products(net)[:-1] if net.get_submodule(layer).weight.ndim > 2]
     assert list(changes.values) == convolutions
