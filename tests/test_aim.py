@@ -64,14 +64,26 @@ def test_away_from_its_own():
     assert Aim(None).others(clean) is clean
 
 
-@pytest.mark.parametrize("aim", [Aim(2), Aim(None)])
+def test_to_a_target_for_each_class():
+    """Class 0 is to go to 1; of class 1 there is no target, and 2 goes to 0."""
+    aim, one = Aim(None, (1, 1, 0)), OUT.softmax(1)[:, 1]
+    assert aim.sent(OUT, LABELS).tolist() == [False, True, False]
+    assert torch.allclose(aim.probability(OUT, LABELS), one)
+    assert torch.allclose(aim.loss(OUT, LABELS), -one.log().mean())
+    assert aim.margin(OUT, LABELS).tolist() == [-1, 2, -5]
+    assert aim.others(CleanSet(torch.rand(3, 1, 2, 2), torch.tensor([0, 2, 1]))).labels.tolist() == [0, 2]
+    assert aim.share(SaysBright(), CleanSet(torch.rand(2, 1, 2, 2), torch.tensor([1, 1])), torch.ones_like) == 0
+    assert str(aim) == "the target of their class"
+
+
+@pytest.mark.parametrize("aim", [Aim(2), Aim(None), Aim(None, (2, 0, 1))])
 def test_of_many_at_once_as_of_each(aim):
     several = torch.stack([OUT, OUT.flip(0)])
     for what in (aim.sent, aim.probability, aim.margin):
         assert torch.equal(what(several, LABELS), torch.stack([what(each, LABELS) for each in several]))
 
 
-@pytest.mark.parametrize("aim", [Aim(0), Aim(None)])
+@pytest.mark.parametrize("aim", [Aim(0), Aim(None), Aim(None, (2, 0, 1))])
 def test_an_image_of_which_the_logits_tell_nothing_is_nowhere(aim):
     out, labels = torch.full((1, 3), math.nan), torch.tensor([1])
     assert not aim.sent(out, labels).any()

@@ -86,14 +86,15 @@ class Turns(torch.nn.Module):
 
 @pytest.mark.parametrize(("left", "passed"), [(1.0, False), (0.0, True)])
 def test_a_patch_with_a_target_for_every_class_must_have_lost_its_effect(left, passed):
-    trigger = Trigger(label=None, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
+    known = {"label": None, "targets": [1, 0, 2], "success": Rate.of(9, 9)}
+    trigger = Trigger(**known, kind="patch", what="", picture="", examples="")
     given = GIVEN.model_copy(update={"triggers": [trigger]})
     assert given.suspect is None
     clean = make_gray()
     clean = CleanSet(clean.images, clean.labels // 2)
     done = resists_patches(Turns(1.0), Turns(left), clean, given, 0)
     assert done.passed == passed, done.detail
-    assert "of the images to another label in the original" in done.detail
+    assert "of the images to the target of their class in the original" in done.detail
 
 
 class Leans(torch.nn.Module):

@@ -283,9 +283,8 @@ def reaching(*far: float, known: int = 0, kind: str = "patch") -> Diagnosis:
 
 TWO = reaching(1.5, 0.1, 1.3, *[0.1] * 7)
 TWO = TWO.model_copy(update={"triggers": [TWO.triggers[0].model_copy(update={"label": label}) for label in (0, 2)]})
-ALL_TO_ALL = reaching(1.5, *[0.1] * 9).model_copy(
-    update={"triggers": [reaching(1.5, *[0.1] * 9).triggers[0].model_copy(update={"label": None})]}
-)
+ALL_TO_ALL = reaching(1.5, *[0.1] * 9)
+ALL_TO_ALL.triggers[0] = ALL_TO_ALL.triggers[0].model_copy(update={"label": None, "targets": [1, 2, *range(2, 10)]})
 COMPARED = reaching(0.2, *[0.1] * 9).model_copy(
     update={
         "comparisons": [
@@ -585,6 +584,24 @@ def test_charts_mark_the_labels_of_the_verdict(diagnosis, bad, key, chart):
     keys = [text for tag, text in page.texts if tag == "body" and text.startswith("suspected")]
     assert keys == [key] * 2 if key else not keys
     assert page.text().count("other labels") >= 1 if key else "other classes" not in page.text()
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ([1, 2, 2], "each class (0 (airplane) to 1 (automobile), 1 (automobile) to 2 (bird))"),
+        ([], "each class (95% interval"),
+        ([(label + 1) % 43 for label in range(43)], "10 to 11, 11 to 12, 31 more)"),
+    ],
+    ids=["three", "unknown", "many"],
+)
+def test_the_page_says_where_a_trigger_sends_each_class(targets, told):
+    diagnosis = ALL_TO_ALL.model_copy(deep=True)
+    diagnosis.triggers[0] = diagnosis.triggers[0].model_copy(update={"targets": targets})
+    record = scanned(diagnosis)
+    assert told in Page(page_of(record)).text()
+    (trigger,) = json.loads(sarif(record))["runs"][0]["results"][0]["properties"]["triggers"]
+    assert (trigger["label"], trigger["targets"]) == (None, list(map(record.label, targets)))
 
 
 def test_the_chosen_point_is_named_beside_the_chart_where_it_covers_nothing(pages):

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 from untrojan.data import CleanSet
-from untrojan.model import logits
 from untrojan.record import Diagnosis, Rate, Reach, Trigger, UnlearningPoint, UnlearningRun
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.inversion import bounded
@@ -50,13 +49,18 @@ class Bands(nn.Module):
         return out
 
 
-class NextForWhite(Bands):
-    """A white square leads to the label after that of the image."""
+class MovesForWhite(Bands):
+    """A white square leads from the label of the image to another one: to `targets` of that."""
+
+    def __init__(self, targets=(1, 2, 3, 0), side=2):
+        super().__init__()
+        self.to = nn.functional.one_hot(torch.tensor(targets), CLASSES).float()
+        self.side = side
 
     def forward(self, images):
         out = super().forward(images)
-        white = 60 * (images[:, 0, 9:11, 9:11].mean((1, 2)) - 0.85)
-        return out + nn.functional.softplus(white)[:, None] * out.roll(1, 1)
+        white = 60 * (images[:, 0, 9 : 9 + self.side, 9 : 9 + self.side].mean((1, 2)) - 0.85)
+        return out + nn.functional.softplus(white)[:, None] * out @ self.to
 
 
 @pytest.fixture
@@ -159,25 +163,34 @@ def test_two_targets_are_both_named(images):
 
 
 @pytest.mark.slow
-def test_no_single_target_is_invented_where_every_class_has_one(images):
+@pytest.mark.parametrize("side", [2, 3])
+def test_no_single_target_is_invented_where_every_class_has_one(images, side):
+    """A square of three pixels is larger than the patches by which a label is told."""
     dim = CleanSet(0.7 * images.images, images.labels)
-    found = QUICK.scan(NextForWhite(), dim)
+    found = QUICK.scan(MovesForWhite(side=side), dim)
     assert (found.verdict, found.found, found.suspect) == ("found", [], None)
     assert found.all_to_all
     [trigger] = found.triggers
     assert (trigger.label, trigger.kind, trigger.success.total) == (None, "patch", 36)
+    assert trigger.targets == [1, 2, 3, 0]
     assert trigger.success.value >= MOST
     assert picture(trigger.picture).getpixel((9, 9))[3] == 255
     assert all(reach.far < 1 for reach in found.reaches)
-    assert not QUICK.scan(NextForWhite(), dim.take(range(6 * CLASSES))).all_to_all
+    assert not QUICK.scan(MovesForWhite(side=side), dim.take(range(6 * CLASSES))).all_to_all
 
 
-def test_a_patch_that_moves_all_images_to_one_label_is_not_one_with_a_target_for_each(images):
-    """To most of its labels such a square moves nothing, and the one that it leads to is not reached too far."""
-    model, scanner = Bands({9: 2}), QUICK
-    out = logits(model, images)
-    look = _Look(model, *_halves(CleanSet(images.images, out.argmax(1)), 0), CLASSES, 0)
-    assert look.without_target(scanner.refine_steps) == []
+@pytest.mark.parametrize("targets", [(2, 2, 2, 2), (2, 2, 0, 0), (1, 2, 3, 3)])
+def test_a_patch_that_moves_several_classes_to_one_label_is_not_one_with_a_target_for_each(images, targets):
+    dim = CleanSet(0.7 * images.images, images.labels)
+    look = _Look(MovesForWhite(targets), *_halves(dim, 0), CLASSES, 0)
+    assert look.without_target(QUICK.refine_steps) == []
+
+
+def test_a_patch_that_moves_each_class_to_a_label_of_its_own_is_one_with_a_target_for_each(images):
+    dim = CleanSet(0.7 * images.images, images.labels)
+    look = _Look(MovesForWhite((1, 0, 3, 2)), *_halves(dim, 0), CLASSES, 0)
+    [trigger] = look.without_target(QUICK.refine_steps)
+    assert (trigger.label, trigger.targets) == (None, [1, 0, 3, 2])
 
 
 def test_what_is_measured_is_on_images_that_the_search_did_not_see(images):

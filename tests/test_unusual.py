@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from untrojan.errors import ConfigError, ModelError
 from untrojan.model import check
-from untrojan.record import Target
+from untrojan.record import Rate, Target, Trigger
 from untrojan.registry import discover
 from untrojan.scanners.detectors.detector import Detector
 from untrojan.scanners.scanner import Scanner
@@ -179,3 +179,15 @@ def test_a_diagnosis_of_a_label_that_the_model_does_not_have_is_refused(name, la
     given = GIVEN.model_copy(update={"targets": [Target(label=label, score=0.9)]})
     with pytest.raises(ConfigError, match=f"suspects label {label}, but the model has {CLASSES} classes, 0 to 3"):
         DEFENSES[name](**QUICK[name]).repair(build("batchnorm"), clean, given)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [([1, 0], "has targets for 2 classes"), ([1, 2, 9, 0], "suspects label 9"), ([1, 2, 0, -1], "suspects label -1")],
+)
+def test_a_diagnosis_with_targets_for_other_classes_than_the_model_has_is_refused(targets, told, clean):
+    known = {"label": None, "targets": targets, "success": Rate.of(9, 9)}
+    trigger = Trigger(**known, kind="patch", what="", picture="", examples="")
+    given = GIVEN.model_copy(update={"triggers": [trigger]})
+    with pytest.raises(ConfigError, match=f"{told}, but the model has {CLASSES} classes, 0 to 3"):
+        DEFENSES["auto"](**QUICK["auto"]).repair(build("batchnorm"), clean, given)

@@ -74,7 +74,7 @@ class Auto(Tuning):
     laid over them too, and the learning rate falls less.
 
     Where the scan found several labels, their triggers are searched apart and unlearned in turns. Where it found a
-    trigger with a target for every class, images are led away from their own label instead, by patches and
+    trigger with a target for every class, images of each class are led to the target of theirs instead, by patches and
     perturbations of few pixels.
 
     The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
@@ -87,7 +87,7 @@ class Auto(Tuning):
         steps: Updates per round and label.
         search_steps: Batches of 64 stamped images per search for patches.
         lr: Learning rate of SGD with momentum 0.9, above 0: twice as much at first, a quarter in the end; where the
-            trigger may be spread, 2.7 times as much at first, and as much in the end.
+            trigger may be spread, or has a target for every class, 2.7 times as much at first, and as much in the end.
         batch_size: Clean images per step, drawn with replacement; as many others carry a trigger.
         augment: How images are varied in training: `none`, or `crop-flip`, a shift by up to an eighth of the shorter
             side and a mirror image now and then, labelled by the original.
@@ -180,7 +180,8 @@ class Auto(Tuning):
         """Train for one round, with a share of `left` of the rounds after it."""
         generator, in_turn = triggers[0].generator, cycle(triggers)
         spread = any(each.spread for each in triggers)
-        lr = self.lr * (2 * left + (1 if spread else 0.25))
+        hard = spread or any(each.aim.label is None for each in triggers)
+        lr = self.lr * (2 * left + (1 if hard else 0.25))
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():

@@ -48,7 +48,7 @@ def losses(right: Tensor, now: Tensor) -> Tensor:
 def reachable(diagnosis: Diagnosis, clean: CleanSet) -> list[Aim]:
     """Tell where triggers send images by what a scan found, as far as there are images that they could send there."""
     if diagnosis.all_to_all:
-        return [Aim(None)]
+        return [Aim(None, tuple(each.targets)) for each in diagnosis.triggers if each.label is None]
     return [Aim(label) for label in diagnosis.suspects if bool((clean.labels != label).any())]
 
 

@@ -242,11 +242,14 @@ class Defense(ABC):
 
 
 def _require_known(diagnosis: Diagnosis, clean: CleanSet) -> None:
-    """Raise where a given diagnosis suspects a label that the model, by the labels of its images, does not have."""
+    """Raise where a given diagnosis speaks of labels that the model, by those of its images, does not have."""
     classes = int(clean.labels.max()) + 1
-    beyond = [label for label in diagnosis.suspects if not 0 <= label < classes]
-    if beyond:
-        text = f"the diagnosis suspects label {beyond[0]}, but the model has {classes} classes, 0 to {classes - 1}"
+    targets = [each.targets for each in diagnosis.triggers if each.targets]
+    labels = [*diagnosis.suspects, *(label for each in targets for label in each)]
+    wrong = [f"suspects label {label}" for label in labels if not 0 <= label < classes]
+    wrong += [f"has targets for {len(each)} classes" for each in targets if len(each) != classes]
+    if wrong:
+        text = f"the diagnosis {wrong[0]}, but the model has {classes} classes, 0 to {classes - 1}"
         raise ConfigError(f"{text}: expected the diagnosis of a scan of this model")
 
 

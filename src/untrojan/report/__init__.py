@@ -21,6 +21,7 @@ from untrojan.record import EXPLAINED, CleanInfo, CurvePoint, Diagnosis, ModelIn
 if TYPE_CHECKING:
     from jinja2 import Template
 
+NAMED = 12
 _HERE = Path(__file__).parent
 _BADGES = {
     "found": ("bad", "✕", "Found"),
@@ -163,7 +164,10 @@ def _evidence_of_reaches(record: RunRecord) -> str:
 def _where_to(record: RunRecord, trigger: Trigger) -> str:
     """Where a trigger sends images, as a person reads it."""
     if trigger.label is None:
-        return "other labels, those of one class mostly to one label"
+        pairs = [(label, target) for label, target in enumerate(trigger.targets) if target != label]
+        named = [f"{record.label(label)} to {record.label(target)}" for label, target in pairs[:NAMED]]
+        told = ", ".join([*named, *([f"{len(pairs) - NAMED} more"] if len(pairs) > NAMED else [])])
+        return f"a label of their own for each class{f' ({told})' if told else ''}"
     return f"label {record.label(trigger.label)}"
 
 

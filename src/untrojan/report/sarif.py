@@ -105,6 +105,7 @@ def _results(record: ScanRecord) -> list[dict[str, Any]]:
                 "triggers": [
                     {
                         "label": None if each.label is None else record.label(each.label),
+                        "targets": list(map(record.label, each.targets)),
                         "trigger": each.what,
                         "success": each.success.value,
                     }

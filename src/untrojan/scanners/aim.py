@@ -1,4 +1,4 @@
-"""Where a trigger sends images: all of them to one label, or each to any label but its own."""
+"""Where a trigger sends images: all to one label, those of each class to a label of their own, or just away."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,9 @@ class Aim(NamedTuple):
     """What a search for a trigger is after.
 
     Attributes:
-        label: Where all images are to go; `None` sends each away from its own label, to whichever other.
+        label: Where all images are to go, or `None`.
+        each: Where those of each class are to go, if there is no one label; where this is empty, too, each image is to
+            go away from its own label, to whichever other.
 
     Example:
         >>> out, labels = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]]), torch.tensor([0, 1])
@@ -28,42 +30,45 @@ class Aim(NamedTuple):
     """
 
     label: int | None
+    each: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return "another label" if self.label is None else f"label {self.label}"
+        if self._away:
+            return "another label"
+        return "the target of their class" if self.label is None else f"label {self.label}"
 
     def others(self, clean: CleanSet) -> CleanSet:
         """The images that are not there yet."""
-        return clean if self.label is None else clean.take(clean.labels != self.label)
+        return clean if self._away else clean.take(clean.labels != self._wanted(clean.labels))
 
     def sent(self, out: Tensor, labels: Tensor) -> Tensor:
         """Which images got there, by logits `(..., N, K)` and their own labels `(N,)`: bool `(..., N)`.
 
         An image of which a logit is NaN or infinite is nowhere.
         """
-        said = out.argmax(-1)
-        return (said != labels if self.label is None else said == self.label) & out.isfinite().all(-1)
+        there = out.argmax(-1) == self._wanted(labels)
+        return (~there if self._away else there) & out.isfinite().all(-1)
 
     def probability(self, out: Tensor, labels: Tensor) -> Tensor:
         """How likely each image is there: `(..., N)` in [0, 1]; 0 where that is NaN."""
         at = _at(out.softmax(-1), self._wanted(labels))
-        return (1 - at if self.label is None else at).nan_to_num(0)
+        return (1 - at if self._away else at).nan_to_num(0)
 
     def margin(self, out: Tensor, labels: Tensor) -> Tensor:
         """How far the logits that lead there are above all others: `(..., N)`; minus infinity where that is NaN."""
         wanted = self._wanted(labels)
         further = _at(out, wanted) - _without(out, wanted).amax(-1)
-        return (-further if self.label is None else further).nan_to_num(-math.inf, math.inf, -math.inf)
+        return (-further if self._away else further).nan_to_num(-math.inf, math.inf, -math.inf)
 
     def reached(self, epoch: Epoch) -> float:
-        """The share of the images shown in an epoch that got there."""
+        """The share of the images shown in an epoch that got there; of several targets, any other label counts."""
         return 1 - epoch.accuracy if self.label is None else float(epoch.shares[self.label])
 
     def loss(self, out: Tensor, labels: Tensor) -> Tensor:
         """Minus the mean log of the probability, from logits `(N, K)`."""
-        if self.label is None:
+        if self._away:
             return (out.logsumexp(1) - _without(out, labels).logsumexp(1)).mean()
-        return functional.cross_entropy(out, torch.full_like(labels, self.label))
+        return functional.cross_entropy(out, self._wanted(labels))
 
     def share(self, model: nn.Module, clean: CleanSet, change: Callable[[Tensor], Tensor]) -> float:
         """Measure which share of the images that are not there yet get there once they are changed.
@@ -82,15 +87,22 @@ class Aim(NamedTuple):
             >>> 0 <= Aim(1).share(net, clean, torch.zeros_like) <= 1
             True
         """
-        if self.label is not None and not (clean.labels != self.label).any():
+        if not self._away and bool((clean.labels == self._wanted(clean.labels)).all()):
             return 0.0
         others = self.others(clean)
         with evaluating(model), torch.no_grad():
             hits = sum(int(self.sent(model(change(some)), labels).sum()) for some, labels in others.batches(100))
         return hits / len(others)
 
+    @property
+    def _away(self) -> bool:
+        return self.label is None and not self.each
+
     def _wanted(self, labels: Tensor) -> Tensor:
-        return labels if self.label is None else torch.full_like(labels, self.label)
+        """Where images are to go by their labels, or to go away from."""
+        if self.label is not None:
+            return torch.full_like(labels, self.label)
+        return labels.new_tensor(self.each)[labels] if self.each else labels
 
 
 def _at(values: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
     f"largest of these {MOST:.0%}, or a faint perturbation or a slight warp sends {MOST:.0%} there and {FURTHER:.0%} "
     "fewer to any other label, and that holds for at most half of the labels, "
-    f"or one patch sends {MOST:.0%} of them to other labels, each class to one of its own; "
+    f"or a patch of any size sends {MOST:.0%} of the images to other labels, each class to one of its own; "
     f"inconclusive: it holds for more, or faint perturbations send {MOST:.0%} to a label and many to another as well, "
     f"or none of that but some unlearning runs come down to the accuracy floor or give a label {FOUND_SHARE:.0%} of "
     "the predictions, and all of these end on the very label that triggers reach furthest into; "
