@@ -179,6 +179,16 @@ def test_no_single_target_is_invented_where_every_class_has_one(images, side):
     assert not QUICK.scan(MovesForWhite(side=side), dim.take(range(6 * CLASSES))).all_to_all
 
 
+@pytest.mark.parametrize(("model", "all_to_all"), [(Bands(faint=2), True), (Bands({9: 2}), False)])
+def test_a_target_for_every_class_goes_before_one_that_no_patch_tells(model, all_to_all, images, monkeypatch):
+    known = {"label": None, "targets": [1, 2, 3, 0], "success": Rate.of(9, 9)}
+    trigger = Trigger(**known, kind="patch", what="", picture="", examples="")
+    assert QUICK.scan(model, images).found == [2]
+    monkeypatch.setattr(_Look, "without_target", lambda *_: [trigger])
+    found = QUICK.scan(model, images)
+    assert (found.verdict, found.all_to_all, found.found) == ("found", all_to_all, [] if all_to_all else [2])
+
+
 @pytest.mark.parametrize("targets", [(2, 2, 2, 2), (2, 2, 0, 0), (1, 2, 3, 3)])
 def test_a_patch_that_moves_several_classes_to_one_label_is_not_one_with_a_target_for_each(images, targets):
     dim = CleanSet(0.7 * images.images, images.labels)

@@ -66,8 +66,8 @@ class TriggerScanner(Unlearning, Scanner):
     a class survives, and in each run in which one does it is the one that triggers reach furthest into, the verdict is
     inconclusive. That a class survives is no sign by itself, for clean models collapse into one as well.
 
-    Where no label is reached too far, a patch of any size is searched that sends images away from their own label. If
-    it sends most images to where most of their class go, and no other class more, there is a target for every class and
+    Where patches reach no label too far, one of any size is searched that sends images away from their own label. If it
+    sends most images to where most of their class go, and no other class more, there is a target for every class and
     no single one: the trigger shown then has no label. That takes two held-out images a class, seven images in all.
 
     Attributes:
@@ -129,10 +129,10 @@ class TriggerScanner(Unlearning, Scanner):
         look.fainter()
         reaches = look.reaches()
         named = targets_of(reaches, survived)
-        if not named and reaches[0].far < 1 and len(look.held) >= OF_EACH * classes:
+        triggers = []
+        if not look.is_patched() and len(look.held) >= OF_EACH * classes:
             triggers = look.without_target(self.refine_steps)
-        else:
-            triggers = [look.trigger(label) for label in named]
+        triggers = triggers or [look.trigger(label) for label in named]
         comparisons = [change.comparison for change in look.changes]
         calibrated = _clean_models() if self == TriggerScanner() else ()
         return judge(unlearned, reaches, triggers, comparisons, calibrated)
@@ -231,10 +231,13 @@ class _Look:
         for label in self.labels:
             self.for_perturbation(label, FAINT_STEPS[0])
 
+    def is_patched(self) -> bool:
+        """Whether patches reach a label too far."""
+        return any(by_patches(shares) >= 1 for shares in self.shares.values())
+
     def _is_crowded(self) -> bool:
-        patched = any(by_patches(shares) >= 1 for shares in self.shares.values())
         first = max(self.faint, key=self.faint.__getitem__)
-        return not patched and self.faint[first] >= MOST and by_faint(first, self.faint) < 1
+        return not self.is_patched() and self.faint[first] >= MOST and by_faint(first, self.faint) < 1
 
     def for_patches(self, label: int, steps: int, again: bool = False, closely: bool = False) -> None:
         """Search patches for a label, near what was found before; searched again, the better result counts."""
