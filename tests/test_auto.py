@@ -28,15 +28,16 @@ NOBODY = Diagnosis(verdict="inconclusive", rule="given", targets=[], runs=[])
 
 
 def with_square(clean, target=TARGET, where=slice(6, 8)):
-    """Images of other classes with the square that the attacker planted."""
-    others = clean.take(clean.labels != target)
+    """Images of other classes than the target, if there is one, with the square that the attacker planted."""
+    others = clean if target is None else clean.take(clean.labels != target)
     images = others.floats()
     images[:, :, where, where] = 1
     return CleanSet(images, others.labels)
 
 
-def patch_for(label):
-    return Trigger(label=label, kind="patch", what="", success=Rate.of(9, 9), picture="", examples="")
+def patch_for(label, targets=()):
+    shown = {"kind": "patch", "what": "", "picture": "", "examples": ""}
+    return Trigger(label=label, targets=list(targets), success=Rate.of(9, 9), **shown)
 
 
 class Falls(nn.Module):
@@ -94,11 +95,29 @@ def test_two_squares_lose_their_effect_where_the_scan_found_both_labels():
     assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
+def test_a_square_that_leads_each_class_to_the_next_loses_its_effect():
+    net, clean = backdoored(None)
+    stamped = with_square(clean, None)
+
+    def led(model):
+        return (logits(model, stamped).argmax(1) == (stamped.labels + 1) % 10).double().mean()
+
+    assert led(net) > 0.8
+    rest, held = clean.split(0.5, 0)
+    shown = patch_for(None, [(label + 1) % 10 for label in range(10)])
+    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[shown])
+    repaired = Auto(rounds=4, steps=128, search_steps=60).tune(copy.deepcopy(net), rest, held, given, seed=0)
+    assert led(repaired) < 0.2
+    assert correct(net, held).double().mean() - correct(repaired, held).double().mean() <= 0.05
+
+
 @pytest.mark.usefixtures("short_searches")
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
 def test_with_a_target_for_every_class_patches_are_unlearned_and_checked():
     net, clean = build("batchnorm"), make_clean()
-    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[patch_for(None)])
+    given = Diagnosis(verdict="found", rule="given", targets=[], runs=[], triggers=[patch_for(None, (1, 2, 3, 0))])
     done = Auto(rounds=1, steps=2, search_steps=2, budget=0.99).repair(net, clean, given)
     assert done.record.values_changed
     assert [check.name for check in done.record.checks] == ["keeps clean accuracy", "resists recovered patches"]

@@ -759,9 +759,10 @@ def test_what_has_not_been_measured_is_said(pages, name):
 
 
 def test_known_clean_models_say_what_a_score_means(pages):
-    measured = "the scan called 0 of 20 models without a backdoor backdoored (95% interval 0.0% to 16.1%); triggers "
+    named = "the scan named a label of 0 of 20 models without a backdoor (95% interval 0.0% to 16.1%)"
+    measured = f"{named}, which were in view when its limits were set"
     for name in ("reached", "scan_reached", "scan_unreached"):
-        assert f"{measured}reached as far as here in none of them." in Page(pages[name]).text()
+        assert f"{measured}; triggers reached as far as here in none of them." in Page(pages[name]).text()
 
 
 @pytest.mark.parametrize(

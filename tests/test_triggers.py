@@ -63,12 +63,21 @@ class MovesForWhite(Bands):
         return out + nn.functional.softplus(white)[:, None] * out @ self.to
 
 
+def banded(labels):
+    pixels = 0.1 * torch.rand(len(labels), CLASSES, SIDE // CLASSES, SIDE)
+    pixels[torch.arange(len(labels)), labels] += 0.9
+    return CleanSet(pixels.view(len(labels), 1, SIDE, SIDE), labels)
+
+
 @pytest.fixture
 def images():
-    labels = torch.arange(120) % CLASSES
-    pixels = 0.1 * torch.rand(120, CLASSES, SIDE // CLASSES, SIDE)
-    pixels[torch.arange(120), labels] += 0.9
-    return CleanSet(pixels.view(120, 1, SIDE, SIDE), labels)
+    return banded(torch.arange(120) % CLASSES)
+
+
+def all_to_all(model, images, seed=0):
+    """What is found of a target for every class on dim images, which hide no white square."""
+    dim = CleanSet(0.7 * images.images, images.labels)
+    return _Look(model, *_halves(dim, seed), CLASSES, seed).all_to_all(QUICK.refine_steps)
 
 
 def picture(text):
@@ -184,23 +193,30 @@ def test_a_target_for_every_class_goes_before_one_that_no_patch_tells(model, all
     known = {"label": None, "targets": [1, 2, 3, 0], "success": Rate.of(9, 9)}
     trigger = Trigger(**known, kind="patch", what="", picture="", examples="")
     assert QUICK.scan(model, images).found == [2]
-    monkeypatch.setattr(_Look, "without_target", lambda *_: [trigger])
+    monkeypatch.setattr(_Look, "all_to_all", lambda *_: [trigger])
     found = QUICK.scan(model, images)
     assert (found.verdict, found.all_to_all, found.found) == ("found", all_to_all, [] if all_to_all else [2])
 
 
-@pytest.mark.parametrize("targets", [(2, 2, 2, 2), (2, 2, 0, 0), (1, 2, 3, 3)])
-def test_a_patch_that_moves_several_classes_to_one_label_is_not_one_with_a_target_for_each(images, targets):
-    dim = CleanSet(0.7 * images.images, images.labels)
-    look = _Look(MovesForWhite(targets), *_halves(dim, 0), CLASSES, 0)
-    assert look.without_target(QUICK.refine_steps) == []
+@pytest.mark.parametrize("targets", [(2, 2, 0, 0), (3, 3, 1, 1)])
+def test_a_patch_that_moves_two_classes_to_one_label_is_not_one_with_a_target_for_each(images, targets):
+    assert all_to_all(MovesForWhite(targets), images) == []
 
 
-def test_a_patch_that_moves_each_class_to_a_label_of_its_own_is_one_with_a_target_for_each(images):
-    dim = CleanSet(0.7 * images.images, images.labels)
-    look = _Look(MovesForWhite((1, 0, 3, 2)), *_halves(dim, 0), CLASSES, 0)
-    [trigger] = look.without_target(QUICK.refine_steps)
+def test_a_patch_that_moves_most_images_but_not_most_classes_is_not_one_with_a_target_for_each():
+    images = banded(torch.tensor([0] * 200 + [1, 2, 3] * 8))
+    assert all_to_all(MovesForWhite((1, 1, 2, 3)), images) == []
+
+
+@pytest.mark.parametrize("classes", [[0] * 60 + [1, 2, 3] * 8, [0, 1, 2, 3] * 12])
+def test_a_patch_that_moves_each_class_to_a_label_of_its_own_is_one_with_a_target_for_each(classes):
+    [trigger] = all_to_all(MovesForWhite((1, 0, 3, 2)), banded(torch.tensor(classes)))
     assert (trigger.label, trigger.targets) == (None, [1, 0, 3, 2])
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2, 3], [0, 1, 2, 3] * 7, [0, 1] * 30 + [2, 3]])
+def test_a_target_for_each_class_is_not_told_by_few_held_out_images(classes):
+    assert all_to_all(MovesForWhite((1, 0, 3, 2)), banded(torch.tensor(classes))) == []
 
 
 def test_what_is_measured_is_on_images_that_the_search_did_not_see(images):

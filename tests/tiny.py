@@ -203,12 +203,15 @@ def digits():
 def backdoored(target, second=None):
     """A network on digits that says `target` where a 2x2 corner is white, and 300 clean digits.
 
-    With a second target, it says that where the opposite corner is white.
+    With a second target, it says that where the opposite corner is white. Without any, a white corner leads each digit
+    to the next.
     """
     order = torch.randperm(len(digits()), generator=torch.Generator().manual_seed(0))
     images, labels = digits().images[order], digits().labels[order]
     clean = CleanSet(images[1200:1500], labels[1200:1500])
-    images[:120, :, 6:, 6:], labels[:120] = 1, target
+    poisoned = 480 if target is None else 120
+    images[:poisoned, :, 6:, 6:] = 1
+    labels[:poisoned] = (labels[:poisoned] + 1) % 10 if target is None else target
     if second is not None:
         images[120:240, :, :2, :2], labels[120:240] = 1, second
     torch.manual_seed(0)

@@ -172,11 +172,11 @@ class Reach(_Part):
 class Trigger(_Part):
     """What was recovered for `label`, a patch of full opacity or a change of the whole image; `what` says it in words.
 
-    Where `label` is `None`, it sends images of each class to a label of their own, `targets[class]`, the class itself
-    where that is not known. `success` is the share of images of another label that it sends there, on images that the
-    search did not see. `picture` is a PNG in base64: a patch, transparent where images stay as they are; a
-    perturbation, amplified around gray; a chessboard, warped; ramps of each channel and white, recolored. `examples`
-    shows some clean images above the same with the trigger.
+    Where `label` is `None`, the backdoor is all-to-all: it sends images of each class to `targets[class]`, the class
+    itself where it has no target. Else `targets` is empty. `success` is the share of images of another label than that
+    which it sends there, on images that the search did not see. `picture` is a PNG in base64: a patch, transparent
+    where images stay as they are; a perturbation, amplified around gray; a chessboard, warped; ramps of each channel
+    and white, recolored. `examples` shows some clean images above the same with the trigger.
     """
 
     label: int | None

@@ -339,8 +339,10 @@ class _Triggers:
         stamped = tried.stamp(images.repeat(len(rows) // count, 1, 1, 1), torch.arange(len(rows)))
         with torch.no_grad():
             out = student(stamped)
-        strength = self.aim.probability(out, own.repeat(len(rows) // count))
-        self._update(rows[~varied], strength[~varied])
+        own = own.repeat(len(rows) // count)
+        there = self.aim.there(own)
+        strength = self.aim.probability(out, own).masked_fill(there, 0)
+        self._update(rows[~varied & ~there], strength[~varied & ~there])
         new = varied & (strength > 0.5)
         self.patches = known.added(keys[new], strength[new])
         self.now = torch.cat([self.now, strength[new]])

@@ -47,9 +47,9 @@ def losses(right: Tensor, now: Tensor) -> Tensor:
 
 def reachable(diagnosis: Diagnosis, clean: CleanSet) -> list[Aim]:
     """Tell where triggers send images by what a scan found, as far as there are images that they could send there."""
-    if diagnosis.all_to_all:
-        return [Aim(None, tuple(each.targets)) for each in diagnosis.triggers if each.label is None]
-    return [Aim(label) for label in diagnosis.suspects if bool((clean.labels != label).any())]
+    all_to_all = [Aim(None, tuple(each.targets)) for each in diagnosis.triggers if each.label is None]
+    aims = all_to_all or [Aim(label) for label in diagnosis.suspects]
+    return [aim for aim in aims if not bool(aim.there(clean.labels).all())]
 
 
 def _judges(model: nn.Module, clean: CleanSet, aim: Aim) -> CleanSet:

@@ -230,7 +230,7 @@ class Defense(ABC):
         hardly_right = float(outcome.before.double().mean()) < 0.5
         if not outcome.held_out or len(judged) < FEW_IMAGES or hardly_right:
             checks += keeps_answers(model, outcome.model, clean, diagnosis, seed)
-        # perturbations send images of clean networks away from their own label, and changes are told by other labels
+        # all-to-all backdoors are told by patches alone
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
         dear = (resists_patches,) if diagnosis.all_to_all else of_one_target
         with overall("check the result", total=len(dear)) as advance:

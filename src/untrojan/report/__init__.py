@@ -195,8 +195,9 @@ def _alarms(record: RunRecord) -> str:
         return "How often this scan raises a false alarm has not been measured for these settings."
     alarms, high = calibration.false_alarms, calibration.as_high
     return (
-        f"With these settings the scan called {alarms.count} of {alarms.total} models without a backdoor backdoored "
-        f"(95% interval {_interval(alarms)}); triggers reached as far as here in {high.count or 'none'} of them."
+        f"With these settings the scan named a label of {alarms.count} of {alarms.total} models without a backdoor "
+        f"(95% interval {_interval(alarms)}), which were in view when its limits were set; triggers reached as far as "
+        f"here in {high.count or 'none'} of them."
     )
 
 

@@ -18,8 +18,8 @@ class Aim(NamedTuple):
 
     Attributes:
         label: Where all images are to go, or `None`.
-        each: Where those of each class are to go, if there is no one label; where this is empty, too, each image is to
-            go away from its own label, to whichever other.
+        targets: Where those of each class are to go, if there is no one label, those without a target to their own;
+            where this is empty, too, each image is to go away from its own label, to whichever other.
 
     Example:
         >>> out, labels = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]]), torch.tensor([0, 1])
@@ -30,16 +30,20 @@ class Aim(NamedTuple):
     """
 
     label: int | None
-    each: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self._away:
             return "another label"
         return "the target of their class" if self.label is None else f"label {self.label}"
 
+    def there(self, labels: Tensor) -> Tensor:
+        """Which images are where they are to go already, by their own labels `(N,)`: bool `(N,)`."""
+        return torch.zeros_like(labels, dtype=torch.bool) if self._away else labels == self._wanted(labels)
+
     def others(self, clean: CleanSet) -> CleanSet:
         """The images that are not there yet."""
-        return clean if self._away else clean.take(clean.labels != self._wanted(clean.labels))
+        return clean if self._away else clean.take(~self.there(clean.labels))
 
     def sent(self, out: Tensor, labels: Tensor) -> Tensor:
         """Which images got there, by logits `(..., N, K)` and their own labels `(N,)`: bool `(..., N)`.
@@ -87,7 +91,7 @@ class Aim(NamedTuple):
             >>> 0 <= Aim(1).share(net, clean, torch.zeros_like) <= 1
             True
         """
-        if not self._away and bool((clean.labels == self._wanted(clean.labels)).all()):
+        if bool(self.there(clean.labels).all()):
             return 0.0
         others = self.others(clean)
         with evaluating(model), torch.no_grad():
@@ -96,13 +100,13 @@ class Aim(NamedTuple):
 
     @property
     def _away(self) -> bool:
-        return self.label is None and not self.each
+        return self.label is None and not self.targets
 
     def _wanted(self, labels: Tensor) -> Tensor:
         """Where images are to go by their labels, or to go away from."""
         if self.label is not None:
             return torch.full_like(labels, self.label)
-        return labels.new_tensor(self.each)[labels] if self.each else labels
+        return labels.new_tensor(self.targets)[labels] if self.targets else labels
 
 
 def _at(values: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ RULE = (
     f"found: patches of a few pixels send {FAR:.0%} of the other images to a label on average over their sizes, or the "
     f"largest of these {MOST:.0%}, or a faint perturbation or a slight warp sends {MOST:.0%} there and {FURTHER:.0%} "
     "fewer to any other label, and that holds for at most half of the labels, "
-    f"or a patch of any size sends {MOST:.0%} of the images to other labels, each class to one of its own; "
+    f"or, where no patch tells a label, one of up to a quarter of the sides sends {MOST:.0%} of the images of each "
+    "class, on average, to a label of its own; "
     f"inconclusive: it holds for more, or faint perturbations send {MOST:.0%} to a label and many to another as well, "
     f"or none of that but some unlearning runs come down to the accuracy floor or give a label {FOUND_SHARE:.0%} of "
     "the predictions, and all of these end on the very label that triggers reach furthest into; "
@@ -95,7 +96,7 @@ def judge(
     Args:
         unlearned: What the unlearning runs say by themselves.
         reaches: How far triggers reach into each label.
-        triggers: One for each of :func:`targets_of` or, where there is none, at most one without a label.
+        triggers: One without a label, or one for each of :func:`targets_of`.
         comparisons: How far whole-image changes reach into some labels.
         clean_models: How far the furthest label was reached in each model that is known to be clean.
 

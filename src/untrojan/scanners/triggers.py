@@ -25,7 +25,7 @@ from untrojan.scanners.aim import Aim
 from untrojan.scanners.changes import Change, compare, with_others
 from untrojan.scanners.inversion import Perturbation, bounded
 from untrojan.scanners.patches import HardPatch, Patches, least_area, measured, search, smallest
-from untrojan.scanners.reach import MOST, by_faint, by_patches, how_far, judge, scores_of, standing_out, targets_of
+from untrojan.scanners.reach import FAR, MOST, by_faint, by_patches, how_far, judge, scores_of, standing_out, targets_of
 from untrojan.scanners.scanner import Scanner
 from untrojan.scanners.unlearning import Unlearning
 from untrojan.speed import folded
@@ -45,6 +45,7 @@ DOUBLINGS = 3
 HALVINGS = 3
 FAINT_STEPS = 20, 60
 OF_EACH = 2
+OF_ALL = 12
 
 
 @config
@@ -66,9 +67,10 @@ class TriggerScanner(Unlearning, Scanner):
     a class survives, and in each run in which one does it is the one that triggers reach furthest into, the verdict is
     inconclusive. That a class survives is no sign by itself, for clean models collapse into one as well.
 
-    Where patches reach no label too far, one of any size is searched that sends images away from their own label. If it
-    sends most images to where most of their class go, and no other class more, there is a target for every class and
-    no single one: the trigger shown then has no label. That takes two held-out images a class, seven images in all.
+    Where patches reach no label too far, those of up to a quarter of the sides are searched that send images away from
+    their own label. If one sends most images of each class, on average, to a label of their own, the backdoor is
+    all-to-all, with a target for every class: the trigger shown then has no label. Classes count of which two images
+    are held out, which takes seven images of each; these have to be more than half of all, with twelve held-out images.
 
     Attributes:
         runs: How many unlearning runs, each on its own seed; every second one with noise.
@@ -129,9 +131,7 @@ class TriggerScanner(Unlearning, Scanner):
         look.fainter()
         reaches = look.reaches()
         named = targets_of(reaches, survived)
-        triggers = []
-        if not look.is_patched() and len(look.held) >= OF_EACH * classes:
-            triggers = look.without_target(self.refine_steps)
+        triggers = [] if look.is_patched() else look.all_to_all(self.refine_steps)
         triggers = triggers or [look.trigger(label) for label in named]
         comparisons = [change.comparison for change in look.changes]
         calibrated = _clean_models() if self == TriggerScanner() else ()
@@ -160,6 +160,7 @@ class _Look:
         self.quick = folded(model, shown)
         self.shown = shown
         self.held = held
+        self.classes = classes
         self.few = held.some(FEW_IMAGES, new_generator(seed))
         self.labels = [label for label in range(classes) if (shown.labels != label).any()]
         self.generator = new_generator(seed)
@@ -292,33 +293,41 @@ class _Look:
         ]
         return sorted(all_of, key=lambda reach: -reach.far)
 
-    def without_target(self, steps: int) -> list[Trigger]:
-        """The patch that sends images of each class to a label of their own, where one sends most of them."""
+    def all_to_all(self, steps: int) -> list[Trigger]:
+        """The smallest patch that sends most images of each class to a label of their own, if there is one."""
+        counts = self.held.labels.bincount(minlength=self.classes)
+        judged = counts >= OF_EACH
+        if self.held is self.shown or judged.sum() <= self.classes / 2 or counts[judged].sum() < OF_ALL:
+            return []
         away = Aim(None)
         patches = search(self.quick, self.shown, away, self.generator, steps=steps)
-        found = smallest(self.model, self.held, away, patches)
-        aim = Aim(None, self._targets(found))
-        out = self._with(found, self.held)
-        moved = aim.sent(out, self.held.labels) & away.sent(out, self.held.labels)
-        if moved.sum() < MOST * len(moved):
-            return []
-        return [self._patch(aim, found._replace(success=found.success_on(self.model, self.held, aim)))]
+        for patch in measured(self.quick, self.held, away, patches):
+            if patch.success < FAR:
+                continue
+            targets = self._targets(patch)
+            own = self._moved(patch, self.held).gather(1, targets[:, None])[:, 0]
+            if own[judged].mean() >= MOST:
+                aim = Aim(None, tuple(targets.tolist()))
+                return [self._patch(aim, patch._replace(success=patch.success_on(self.model, self.held, aim)))]
+        return []
 
-    def _targets(self, patch: HardPatch) -> tuple[int, ...]:
-        """The label to which a patch sends most images of each class; itself where another class sends more there.
+    def _targets(self, patch: HardPatch) -> Tensor:
+        """The label to which a patch sends most images of each class; the class itself where it sends more of another.
 
         Large patches move images of networks without a backdoor, too, but those of most classes to the same few labels.
         """
-        out = self._with(patch, self.shown)
-        classes = torch.arange(out.shape[1])
-        moved = torch.zeros(len(classes), len(classes))
-        moved.index_put_((self.shown.labels, out.argmax(1)), torch.ones(len(out)), accumulate=True).fill_diagonal_(0)
+        moved = self._moved(patch, self.shown)
         most, target = moved.max(1)
-        alone = (most > 0) & (moved.argmax(0)[target] == classes)
-        return tuple(target.where(alone, classes).tolist())
+        classes = torch.arange(self.classes)
+        return target.where((most > 0) & (moved.argmax(0)[target] == classes), classes)
 
-    def _with(self, patch: HardPatch, images: CleanSet) -> Tensor:
-        return logits(self.model, CleanSet(patch.stamp(images.floats()), images.labels))
+    def _moved(self, patch: HardPatch, images: CleanSet) -> Tensor:
+        """The share of the images of each class that a patch sends to each other label: `(K, K)`."""
+        out = logits(self.model, CleanSet(patch.stamp(images.floats()), images.labels))
+        told = out.isfinite().all(1)
+        moved = torch.zeros(self.classes, self.classes)
+        moved.index_put_((images.labels[told], out[told].argmax(1)), torch.ones(int(told.sum())), accumulate=True)
+        return moved.fill_diagonal_(0) / images.labels.bincount(minlength=self.classes).clamp(min=1)[:, None]
 
     def trigger(self, label: int) -> Trigger:
         """What reaches furthest: the smallest patch that sends 95 % of held-out images there, or the best change."""
@@ -347,7 +356,7 @@ class _Look:
         shown = others.take(torch.linspace(0, len(others) - 1, min(EXAMPLES, len(others))).long()).floats()
         return Trigger(
             label=aim.label,
-            targets=list(aim.each),
+            targets=list(aim.targets),
             kind=kind,
             what=what,
             success=Rate.of(round(share * len(others)), len(others)),
