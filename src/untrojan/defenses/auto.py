@@ -77,6 +77,9 @@ class Auto(Tuning):
     trigger with a target for every class, images of each class are led to the target of theirs instead, by patches and
     perturbations of few pixels.
 
+    All rounds are done, whatever they cost: `budget` decides whether the result passes the check of its accuracy, and
+    chooses nothing.
+
     The original serves as teacher throughout, also on images that are shifted, mirrored and, where the trigger is not
     spread, mixed, so that few clean images suffice to keep the accuracy; no label is needed for that, and a mirrored
     sign does no harm. Where there are fewer than a hundred, half of them are zoomed, recolored and pasted together too,
