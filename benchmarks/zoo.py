@@ -161,8 +161,7 @@ def write_page() -> None:
 
 def repaired() -> Iterator[str]:
     """What `auto` made of the victims and of the clean models."""
-    cells = [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
-    rows = {cell["model"]: cell for cell in cells}
+    rows = {cell["model"]: cell for cell in _cells()}
     yield "\n## `auto` on these models\n"
     yield f"Half of the test images, or {CLEANS} of CIFAR-10 and GTSRB, were its clean images; others measured it; one"
     yield "seed. On digits of 32x32, but for sig, and"
@@ -183,11 +182,24 @@ def repaired() -> Iterator[str]:
             f"| {name}{older} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
             f"{_three(told['after'])} | {seconds:.0f} |"
         )
-    victims = [cell["outcome"] for cell in rows.values() if cell["outcome"] and cell["outcome"]["before"]["asr"]]
-    yield f"\n{_mean(victims)} over all {len(victims)} victims;"
-    named = [told for told in victims if _is_named(told)]
+    named = [told for told in _of_victims() if _is_named(told)]
+    yield f"\n{_mean(_of_victims())} over all {len(victims())} victims;"
     yield f"{_mean(named)} over the {len(named)} whose label is named."
     yield MISSED
+
+
+def victims() -> list[dict[str, dict[str, float]]]:
+    """ACC, ASR and RA of each victim that was repaired, before and after."""
+    shown = [{when: told[when] for when in ("before", "after")} for told in _of_victims()]
+    return [{when: {key: each[when][key]["value"] for key in ("acc", "asr", "ra")} for when in each} for each in shown]
+
+
+def _cells() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in (RECORDS.parent / "zoo-auto").glob("*.json")]
+
+
+def _of_victims() -> list[dict[str, Any]]:
+    return [cell["outcome"] for cell in _cells() if cell["outcome"] and cell["outcome"]["before"]["asr"]]
 
 
 def _is_named(told: dict[str, Any]) -> bool:
