@@ -273,7 +273,8 @@ def page() -> str:
         "empty cell was not run. Seconds: median of the repair with its checks, without the scan, on one thread of "
         "a CPU, which multiplies bfloat16 natively or, at twice the time or more, does not, beside one or two other"
         " cells, or on an H200 that up to 17 processes shared; memory: the largest of the process, or of the GPU. "
-        "Test images: the first 1,500.",
+        "Test images: the first 1,500 of GTSRB, and all 1,017 that CIFAR-10 has without loss; one point of ASR is nine "
+        "to fifteen images.",
         "",
         "Where some of the images are poisoned, they carry the trigger and have the target as label; only `auto` ran "
         "there.",

@@ -145,7 +145,9 @@ def page() -> Iterator[str]:
     yield "than the second search for the more promising half of many labels. Reaches are told as now,"
     yield "with warps, and perturbations by what they have over other labels; verdicts are those of the scans."
     yield "With 500 images most took the first 64 held-out ones, which lie in random order, where 64 are drawn now;"
-    yield "badnets, l0_inv and trojan_sq on CIFAR-10, seed 0, are by the present code, on a processor without bfloat16."
+    yield "badnets, l0_inv and trojan_sq on CIFAR-10, seed 0, are as now, on a processor without bfloat16. A target for"
+    yield "every class was told by smaller patches, and by images instead of classes; the clean models of zoo.md were"
+    yield "searched for it as now."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
@@ -163,7 +165,8 @@ def page() -> Iterator[str]:
         first = max(result["diagnosis"]["reaches"], key=lambda reach: reach["far"])
         shown = [result["model"], accuracy, result["diagnosis"]["verdict"], f"{first['far']:.2f}", str(first["label"])]
         yield f"| {' | '.join(shown)} | {survives} | {result['seconds']:.0f} |"
-    yield "\nA reach of 1 or more is called `found`.\n"
+    yield "\nA reach of 1 or more is called `found`, unless more than half of the labels have it. These models were in"
+    yield "view when the limits were set.\n"
     yield "## Models with a backdoor\n"
     yield "Reach: the least into the target, the greatest into another label, over seeds. Trigger: of the first seed.\n"
     columns = ["model", "images", "scans", "found", "label right", "reach", "others", "trigger", "success", "seconds"]

@@ -183,8 +183,8 @@ class Auto(Tuning):
         """Train for one round, with a share of `left` of the rounds after it."""
         generator, in_turn = triggers[0].generator, cycle(triggers)
         spread = any(each.spread for each in triggers)
-        hard = spread or any(each.aim.label is None for each in triggers)
-        lr = self.lr * (2 * left + (1 if hard else 0.25))
+        stays_high = spread or any(each.aim.label is None for each in triggers)
+        lr = self.lr * (2 * left + (1 if stays_high else 0.25))
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():

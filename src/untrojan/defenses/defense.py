@@ -156,8 +156,8 @@ class Defense(ABC):
         Raises:
             ModelError: The model cannot be used, or the method left it unusable.
             DataError: The images do not fit the model.
-            ConfigError: The diagnosis suspects a label, or the method asks for a unit or layer, that the model does not
-                have; or the seed is negative.
+            ConfigError: The diagnosis suspects a label, or has targets for classes, or the method asks for a unit or
+                layer, that the model does not have; or the seed is negative.
         """
         require_kinds(model, clean)
         device = device_of(model)

@@ -50,6 +50,7 @@ def tainted(model: nn.Module, clean: CleanSet, diagnosis: Diagnosis, seed: int) 
     Returns:
         Bool `(n,)`; no image of a class is told where all that have it would be, nor a single one or up to a twentieth
         of them, which may be chance, nor any of two classes only, of which the one could not be judged by the other.
+        Where the backdoor is all-to-all no label is suspected, and no image is told.
 
     Example:
         >>> from untrojan.record import Target
