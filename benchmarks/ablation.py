@@ -104,7 +104,7 @@ VARIANTS: dict[str, Callable[[Attack], tuple[Parts, dict[str, Any]]]] = {
 
 # Parts that tell there; the small VGGs take minutes a cell.
 TRIED = [ALL, ROUND, ANY, ALWAYS, UNMIXED, LAST, ORACLE]
-PUBLISHED = {case: TRIED if case in ("cifar10-badnets", "cifar10-trojan_sq") else [ALL, ORACLE] for case in CASES}
+PUBLISHED = {case: TRIED if case == "cifar10-badnets" else [ALL, ORACLE] for case in CASES}
 
 
 class Victim(NamedTuple):
