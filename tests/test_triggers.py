@@ -317,24 +317,25 @@ TIED = UnlearningRun(
     trace=[UnlearningPoint(epoch=1, accuracy=1.0, shares=[0.25] * 4)],
 )
 LOST = TIED.model_copy(update={"share": 0.0, "trace": []})
-HALF = TIED.model_copy(update={"label": 1, "share": 0.5})
 
 
 @pytest.mark.parametrize(
-    ("runs", "furthest", "verdict"),
+    ("runs", "far", "verdict"),
     [
-        ([TIED, TIED], 0, "not_found"),
-        ([LOST, LOST], 0, "not_found"),
-        ([HALF, HALF], 1, "inconclusive"),
-        ([HALF, TIED], 1, "inconclusive"),
-        ([*ends(1, 1), TIED], 1, "inconclusive"),
-        ([*ends(1, 1), LOST], 1, "inconclusive"),
-        ([*ends(1, 0), LOST], 1, "not_found"),
+        ([TIED, TIED], 0.9, "not_found"),
+        ([LOST, LOST], 0.9, "not_found"),
+        ([*ends(1), LOST], 0.3, "inconclusive"),
+        ([*ends(1), LOST], 0.2, "not_found"),
+        (ends(1, 0), 0.5, "inconclusive"),
+        (ends(1, 0), 0.4, "not_found"),
     ],
 )
-def test_only_runs_in_which_a_class_survives_count(runs, furthest, verdict):
-    far = [0.3 if label == furthest else 0.1 for label in range(4)]
-    assert judge(diagnose(runs), reaches(*far), [], []).verdict == verdict
+def test_reach_and_what_survives_count_together(runs, far, verdict):
+    assert judge(diagnose(runs), reaches(0.1, far, 0.1, 0.1), [], []).verdict == verdict
+
+
+def test_a_label_that_survives_is_no_sign_where_triggers_reach_further_into_another():
+    assert judge(diagnose(ends(0, 0)), reaches(0.2, 0.9, 0.1, 0.1), [], []).verdict == "not_found"
 
 
 def test_perturbations_into_more_than_one_label_are_no_more_than_suspicious():
