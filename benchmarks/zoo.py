@@ -51,10 +51,10 @@ MISSED = """
 * sig on photographs and signs is not found. Waves of any frequency, direction and phase were searched: as high as the
   true one, that and another reach their label with all images, and one does in a clean model, too; lower ones tell
   no more. Nor do the probability that they reach, by how much less a wave of another direction reaches, how much of
-  that wave the clean images of the label have, or the largest margin by which any image can be given a label (MM-BD): what
-  tells these three victims from their clean models is found in labels of other networks as well. No perturbation of the
-  whole image, smooth or not, reaches the target further than other labels, and unlearning does not leave the target on
-  top. Given the label, `auto` removes it; only the scan fails.
+  that wave the clean images of the label have, or the largest margin by which any image can be given a label
+  (MM-BD): what tells these three victims from their clean models is found in labels of other networks as well. No
+  perturbation of the whole image, smooth or not, reaches the target further than other labels, and unlearning does
+  not leave the target on top. Given the label, `auto` removes it; only the scan fails.
 * sig on digits of 32x32 has no digit 7 without a wave in its training images, and waves into other labels reach as far.
 * label-consistent on digits of 8x8 puts nine pixels into each corner, more than half of the image. Patches as large as
   can be searched do not reach its target further than others, in clean models too.

@@ -64,9 +64,9 @@ class TriggerScanner(Unlearning, Scanner):
     images to a label, and far fewer to the others, counts as a patch does. Where a patch is not what reaches the label
     that is found, a warp or recoloring that stands out is the trigger shown. A recoloring alone is no sign: brighter
     images are airplanes to clean models. Triggers of yet other kinds can still show when clean images are unlearned: if
-    many predictions are left to the label that is most suspicious, and triggers reach about half as far into it as would
-    be too far, the verdict is inconclusive. What survives is no sign by itself, for clean models collapse into one class
-    as well.
+    many predictions are left to the label that is most suspicious, and triggers reach about half as far into it as is
+    too far, the verdict is inconclusive. What survives is no sign by itself, for clean models collapse into one class,
+    too.
 
     Where patches reach no label too far, those of up to a quarter of the sides are searched that send images away from
     their own label. If one sends most images of each class, on average, to a label of their own, the backdoor is
