@@ -201,21 +201,29 @@ def statuses(setting: str) -> Iterator[str]:
     """What each method says of its own results, and whether that was right."""
     yield f"\n## What the checks say, {setting}\n"
     yield (
-        "| method | repaired | of these ASR above 10 % | of these ACC more than 20 points lower | inconclusive "
+        "| method | repaired | of these ASR above 10 % | of these ACC more than 2, 4, 20 points lower | inconclusive "
         "| failed | of these ASR at most 5 % and ACC within 2 points |"
     )
     yield "|---|---|---|---|---|---|---|"
-    for method in METHODS:
-        cells = [cell for case in CASES for cell in load(setting, method, case)]
+    found = {method: [cell for case in CASES for cell in load(setting, method, case)] for method in METHODS}
+    published = [cell for method, cells in found.items() if method != "auto" for cell in cells]
+    for method, cells in (found | {"*all published ones*": published}).items():
         good, unsure, bad = (
             [cell for cell in cells if cell["record"]["status"] == status]
             for status in ("repaired", "inconclusive", "failed")
         )
         wrong = sum(cell["after"]["asr"] > 0.1 for cell in good)
-        lost = sum(cell["before"]["acc"] - cell["after"]["acc"] > 0.2 for cell in good)
-        fine = sum(c["after"]["asr"] <= 0.05 and c["before"]["acc"] - c["after"]["acc"] <= 0.02 for c in bad)
+        lost = [sum(_lost(cell) > most for cell in good) for most in (0.02, 0.04, 0.2)]
+        fine = sum(cell["after"]["asr"] <= 0.05 and _lost(cell) <= 0.02 for cell in bad)
         if cells:
-            yield f"| {method} | {len(good)} | {wrong} | {lost} | {len(unsure)} | {len(bad)} | {fine} |"
+            yield (
+                f"| {method} | {len(good)} | {wrong} | {', '.join(map(str, lost))} | {len(unsure)} | {len(bad)} | "
+                f"{fine} |"
+            )
+
+
+def _lost(cell: dict[str, Any]) -> float:
+    return cell["before"]["acc"] - cell["after"]["acc"]
 
 
 def times() -> Iterator[str]:
