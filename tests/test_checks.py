@@ -284,7 +284,7 @@ class Doubles(Defense):
 
 
 @pytest.mark.filterwarnings("ignore::untrojan.UntrojanWarning")
-@pytest.mark.parametrize(("count", "turned", "asked"), [(8, 0, True), (120, 0, False), (120, 1, True)])
+@pytest.mark.parametrize(("count", "turned", "asked"), [(8, 0, True), (48, 0, True), (52, 0, False), (52, 1, True)])
 def test_other_views_are_asked_for_where_few_images_judge_or_the_original_is_wrong(count, turned, asked):
     clean = bright_rows(count)
     clean = CleanSet(clean.images, (clean.labels + turned) % 4)

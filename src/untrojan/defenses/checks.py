@@ -19,6 +19,7 @@ from untrojan.scanners.patches import search, smallest
 from untrojan.scanners.reach import spread_over
 from untrojan.scanners.triggers import faintest
 
+FEW_JUDGES = 50
 FOUND_AGAIN = 0.2
 VIEWS = 512
 AT_ONCE = 128

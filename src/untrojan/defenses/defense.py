@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from untrojan.data import CleanSet
 from untrojan.defenses.checks import (
+    FEW_JUDGES,
     keeps_accuracy,
     keeps_answers,
     losses,
@@ -20,7 +21,6 @@ from untrojan.defenses.checks import (
     resists_patches,
     resists_perturbation,
 )
-from untrojan.defenses.views import FEW_IMAGES
 from untrojan.device import device_of, running_on
 from untrojan.errors import ConfigError, ModelError, NoEffectWarning, UnreliableWarning
 from untrojan.mask import Mask
@@ -228,7 +228,7 @@ class Defense(ABC):
         everywhere = losses(correct(model, clean), correct(outcome.model, clean))
         checks = [keeps_accuracy(judged, everywhere, self.budget, outcome.held_out), *outcome.checks]
         hardly_right = float(outcome.before.double().mean()) < 0.5
-        if not outcome.held_out or len(judged) < FEW_IMAGES or hardly_right:
+        if not outcome.held_out or len(judged) < FEW_JUDGES or hardly_right:
             checks += keeps_answers(model, outcome.model, clean, diagnosis, seed)
         # all-to-all backdoors are told by patches alone
         of_one_target = (resists_perturbation, resists_patches, resists_changes)
