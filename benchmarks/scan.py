@@ -28,7 +28,7 @@ from untrojan.data import CleanSet
 from untrojan.device import chosen
 from untrojan.record import Comparison, Diagnosis, Rate
 from untrojan.run import forget_peak_memory
-from untrojan.scanners.reach import how_far
+from untrojan.scanners.reach import BOTH, how_far
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 
@@ -121,9 +121,12 @@ def furthest(result: dict[str, Any]) -> float:
 def recorded() -> list[dict[str, Any]]:
     """All records; how far triggers reach in older ones is told as it is now."""
     results = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
-    for diagnosis in (result["diagnosis"] for result in results):
+    for result in results:
+        diagnosis = result["diagnosis"]
         faint = {reach["label"]: reach["faint"] for reach in diagnosis["reaches"]}
         compared = [Comparison(**each) for each in diagnosis.get("comparisons", [])]
+        scores = {target["label"]: target["score"] for target in diagnosis["targets"]}
+        result["survived"] = {each["label"]: scores[each["label"]] - each["far"] for each in diagnosis["reaches"]}
         for reach in diagnosis["reaches"]:
             reach["far"] = how_far(reach["label"], reach["shares"], faint, compared)
     return sorted(results, key=lambda result: (result["model"] not in CASES, result["model"], -result["images"]))
@@ -154,8 +157,8 @@ def page() -> Iterator[str]:
         f"Called `found`: {alarms.count} of {alarms.total} (95 % interval {100 * (alarms.low or 0):.0f} to "
         f"{100 * (alarms.high or 0):.0f} %).\n"
     )
-    yield "| model | accuracy | verdict | reach | into label | class that survives, share | seconds |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| model | accuracy | verdict | reach | into label | survives, share | reach times share | seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
     for result in sorted(clean, key=furthest, reverse=True):
         ends = [(run["label"], run["share"]) for run in result["diagnosis"]["runs"]]
         label = statistics.mode(label for label, _ in ends)
@@ -164,9 +167,10 @@ def page() -> Iterator[str]:
         accuracy = percent(MEMBERS[result["model"]].record()["acc"]) if result["model"] in MEMBERS else ""
         first = max(result["diagnosis"]["reaches"], key=lambda reach: reach["far"])
         shown = [result["model"], accuracy, result["diagnosis"]["verdict"], f"{first['far']:.2f}", str(first["label"])]
-        yield f"| {' | '.join(shown)} | {survives} | {result['seconds']:.0f} |"
-    yield "\nA reach of 1 or more is called `found`, unless more than half of the labels have it. These models were in"
-    yield "view when the limits were set.\n"
+        yield f"| {' | '.join(shown)} | {survives} | {together(result):.2f} | {result['seconds']:.0f} |"
+    yield "\nA reach of 1 or more is called `found`, unless more than half of the labels have it. Reach times share, of"
+    yield f"the label for which they add up to most, is inconclusive from {BOTH:g} on; these scans had another rule for"
+    yield "that. These models were in view when the limits were set.\n"
     yield "## Models with a backdoor\n"
     yield "Reach: the least into the target, the greatest into another label, over seeds. Trigger: of the first seed.\n"
     columns = ["model", "images", "scans", "found", "label right", "reach", "others", "trigger", "success", "seconds"]
@@ -197,6 +201,13 @@ def backdoored(results: list[dict[str, Any]]) -> str:
         f"| {first['model']} | {first['images']} | {len(results)} | {found} | {right} | {min(reach):.2f} | "
         f"{max(others):.2f} | {what} | {success} | {statistics.median(r['seconds'] for r in results):.0f} |"
     )
+
+
+def together(result: dict[str, Any]) -> float:
+    """How far the most suspicious label is reached times its share of the predictions after unlearning."""
+    survived = result["survived"]
+    first = max(result["diagnosis"]["reaches"], key=lambda reach: reach["far"] + survived[reach["label"]])
+    return first["far"] * survived[first["label"]]
 
 
 def complete(diagnosis: dict[str, Any]) -> dict[str, Any]:
