@@ -58,8 +58,8 @@ MISSED = """
 * sig on digits of 32x32 has no digit 7 without a wave in its training images, and waves into other labels reach as far.
 * label-consistent on digits of 8x8 puts nine pixels into each corner, more than half of the image. Patches as large
   as can be searched do not reach its target further than others.
-* Some victims on digits, and input-aware on signs, are inconclusive: their label is named and the attack removed, but no
-  repair is called repaired then.
+* Some victims on digits, and input-aware on signs, are inconclusive: their label is named and the attack removed, but
+  no repair is called repaired then.
 * On CIFAR-10, accuracy is lost on triggers that are spread over the image. Clean images that count twice or
   half of the carriers from the target class win back less than a point, for more of the attack; nothing laid
   over, a higher logit of the target, part of the way back to the original weights, and longer averages of the
