@@ -149,8 +149,8 @@ def page() -> Iterator[str]:
     yield "with warps, and perturbations by what they have over other labels; verdicts are those of the scans."
     yield "With 500 images most took the first 64 held-out ones, which lie in random order, where 64 are drawn now;"
     yield "badnets, l0_inv and trojan_sq on CIFAR-10, seed 0, are as now, on a processor without bfloat16. A target for"
-    yield "every class was told by smaller patches, and by images instead of classes; the clean models of zoo.md were"
-    yield "searched for it as now."
+    yield "every class was told by smaller patches, and by images instead of classes. Clean models on digits are by the"
+    yield "present code, and so are four of zoo.md."
     yield "Seconds are those of a machine with other work on it.\n"
     yield "## Models without a backdoor\n"
     yield (
@@ -169,8 +169,8 @@ def page() -> Iterator[str]:
         shown = [result["model"], accuracy, result["diagnosis"]["verdict"], f"{first['far']:.2f}", str(first["label"])]
         yield f"| {' | '.join(shown)} | {survives} | {together(result):.2f} | {result['seconds']:.0f} |"
     yield "\nA reach of 1 or more is called `found`, unless more than half of the labels have it. Reach times share, of"
-    yield f"the label for which they add up to most, is inconclusive from {BOTH:g} on; these scans had another rule for"
-    yield "that. These models were in view when the limits were set.\n"
+    yield f"the label for which they add up to most, is inconclusive from {BOTH:g} on; scans of photographs had another"
+    yield "rule for that. These models, but on digits others like them, were in view when the limits were set.\n"
     yield "## Models with a backdoor\n"
     yield "Reach: the least into the target, the greatest into another label, over seeds. Trigger: of the first seed.\n"
     columns = ["model", "images", "scans", "found", "label right", "reach", "others", "trigger", "success", "seconds"]
