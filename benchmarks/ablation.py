@@ -177,10 +177,14 @@ def page() -> Iterator[str]:
         "Made by `python benchmarks/ablation.py` from `benchmarks/records/ablation`: models repaired without one part "
         "of `auto`, with the true trigger in place of what was found, and with few images. The training alone, on all "
         "clean images, with none held out and no check. Percent, ACC / ASR / RA on other images, seed 0.\n\n"
-        "Where the trigger is taken to be spread over the image, images are mixed in one row only.\n"
+        "Where the trigger is taken to be spread over the image, images are mixed in one row only. Cells on digits are "
+        "by an earlier version, which remembered what patches do to images of the target itself. With many images on "
+        "digits, what matters are the changes of the whole image, and that images that carry them are not mixed; the "
+        "other rows differ by no more than chance.\n"
     )
     yield from table("Victims of the zoo, on digits of 8x8", DIGITS, list(VARIANTS))
-    yield from table("Published checkpoints, 500 images", list(PUBLISHED), TRIED)
+    known = [case for case in PUBLISHED if _scores(ALL, case, "after")]
+    yield from table("Published checkpoints, 500 images", known, TRIED)
 
 
 def table(title: str, victims: list[str], variants: list[str]) -> Iterator[str]:
@@ -190,6 +194,8 @@ def table(title: str, victims: list[str], variants: list[str]) -> Iterator[str]:
     yield f"|---|{'---|' * len(victims)}---|"
     found = {variant: [_scores(variant, victim, "after") for victim in victims] for variant in variants}
     for variant, scores in ({"none": [_scores(ALL, victim, "before") for victim in victims]} | found).items():
+        if not any(scores):
+            continue
         known = [each for each in scores if each]
         mean = triple(known) if len(known) == len(victims) else ""
         yield f"| {variant} | {' | '.join(one(each) if each else '' for each in scores)} | {mean} |"
