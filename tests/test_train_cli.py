@@ -135,7 +135,10 @@ def test_who_interrupts_a_training_hears_what_is_kept(command, tmp_path, capsys,
     assert not (tmp_path / CHECKPOINT).exists()
 
 
-def test_who_interrupts_a_training_hears_nothing_of_an_earlier_one(command, tmp_path, capsys, monkeypatch):
+def test_who_interrupts_a_training_hears_nothing_of_an_earlier_one(command, tmp_path, capsys, monkeypatch, request):
+    """In the background of a shell, which may be where tests run, the signal is ignored otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     (tmp_path / CHECKPOINT).write_bytes(b"of another training")
     monkeypatch.setattr(checkpoint, "save", lambda *_: signal.raise_signal(signal.SIGINT))
     assert run(command("--force")) == 130
