@@ -1,5 +1,6 @@
 """The one optimization loop, and how large its batches are. Unlearning, fine-tuning and training are calls of it."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -214,7 +215,7 @@ def size_with_enough_steps(count: int, size: int) -> int:
         (128, 25, 8)
     """
     wanted = size if count > 3 * size else min(size, max(_SMALLEST_BATCH, math.ceil(count / 4)))
-    allowed = (*range(wanted, size + 1), *range(wanted - 1, 1, -1))
+    allowed = itertools.chain(range(wanted, size + 1), range(wanted - 1, 1, -1))
     return next((each for each in allowed if count % each != 1), size_without_single(count, size))
 
 

@@ -265,20 +265,22 @@ def decoding(name: str) -> Iterator[None]:
         raise DataError(f"{name}: cannot decode the image: {reason}") from error
 
 
-def _decode(file: io.BytesIO | Path, name: str) -> np.ndarray:
+def decoded(file: io.BytesIO | Path, name: str) -> np.ndarray:
+    """Decode an image of a known format; others may be given to programs outside, as EPS is to Ghostscript."""
     with decoding(name), Image.open(file, formats=_FORMATS) as image:
         return pixels(image, name)
 
 
-def _decode_cell(cell: Any, name: str) -> np.ndarray:
+def _decode_cell(cell: Any, name: str, paths: bool = False) -> np.ndarray:
+    """Decode the image of a row; only a set that was saved here may name a file instead of holding it."""
     held = cell
     if isinstance(cell, dict):
         held = cell.get("bytes") or Path(cell.get("path") or "")
     if isinstance(held, bytes):
-        return _decode(io.BytesIO(held), name)
+        return decoded(io.BytesIO(held), name)
     with decoding(name):
-        if isinstance(held, Path) and held.is_file():
-            return _decode(held, name)
+        if paths and isinstance(held, Path) and held.is_file():
+            return decoded(held, name)
     raise DataError(f"{name}: expected an encoded image, got {'no bytes' if isinstance(cell, dict) else type(cell)}")
 
 
@@ -357,7 +359,7 @@ def _open_image_folder(folders: list[Path], path: Path) -> Rows:
         labels += [label] * len(found)
 
     def images(chosen: np.ndarray) -> Tensor:
-        return stack(((str(files[row]), _decode(files[row], str(files[row]))) for row in chosen), len(chosen))
+        return stack(((str(files[row]), decoded(files[row], str(files[row]))) for row in chosen), len(chosen))
 
     return Rows(torch.tensor(labels), images, tuple(folder.name for folder in folders))
 
@@ -475,7 +477,7 @@ def _open_dataset(dataset: Any, where: str) -> Rows:
             rows = chosen[start : start + _ROWS_AT_A_TIME].tolist()
             for row, cell in zip(rows, cells[rows].column(image).to_pylist(), strict=True):
                 name = f"{where} row {row}"
-                yield name, _decode_cell(cell, name)
+                yield name, _decode_cell(cell, name, paths=True)
 
     return Rows(labels, lambda chosen: stack(named(chosen), len(chosen)), _class_names(features[label]))
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from untrojan.data import CleanSet
 from untrojan.errors import ConfigError, DataError
 from untrojan.randomness import seeded
-from untrojan.readers import decoding, pixels
+from untrojan.readers import decoded
 from untrojan.registry import require_kind
 
 if TYPE_CHECKING:
@@ -225,13 +224,13 @@ def read_image(path: Path) -> Tensor:
 
     Example:
         >>> import tempfile
+        >>> from PIL import Image
         >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
         ...     Image.new("RGB", (5, 4), "white").save(file.name)
         ...     read_image(Path(file.name)).shape
         torch.Size([3, 4, 5])
     """
-    with decoding(str(path)), Image.open(path) as image:
-        values = pixels(image, str(path))
+    values = decoded(path, str(path))
     return torch.as_tensor(values.astype(np.float32)) / 255
 
 
