@@ -20,7 +20,7 @@ from unittest import mock
 
 import methods
 import torch
-from cases import CASES, SHARED, one, percents, test_set, triple
+from cases import CASES, one, percents, test_set, triple
 from pool import side_by_side
 from torch import Tensor, nn
 from zoo import IMAGES, ROOT
@@ -33,10 +33,8 @@ from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
 from untrojan.randomness import seeded
 from untrojan.record import Diagnosis
-from untrojan.registry import parse
 from untrojan.scanners.aim import Aim
 from untrojan.scanners.patches import Patches
-from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 
 RECORDS = Path("benchmarks/records/ablation")
@@ -124,17 +122,11 @@ def path_of(variant: str, victim: str) -> Path:
 
 
 def opened(name: str, few: bool) -> Victim:
-    """Open a victim on digits, or a published checkpoint."""
+    """Open a victim on digits, with few images or all, or a published checkpoint."""
     if name in CASES:
-        case, cell = CASES[name], methods.Cell("auto", name, "one image per class" if few else "500 images", 0)
-        return Victim(
-            untrojan.load(Checkpoint.read(SHARED / "checkpoints" / case.file), case.net),
-            parse(case.attack, "untrojan.lab.attacks", Attack),
-            case.target,
-            methods.drawn(cell),
-            test_set(case),
-            methods.diagnose(cell),
-        )
+        case, cell = CASES[name], methods.Cell("auto", name, "500 images", 0)
+        drawn, diagnosis = methods.drawn(cell), methods.diagnose(cell)
+        return Victim(case.model(), case.trigger(), case.target, drawn, test_set(case), diagnosis)
     victim = zoo.load(f"digits/digits-cnn/{name}/0", ROOT)
     assert victim.attack is not None
     draw = {"samples_per_class": 1} if few else {}

@@ -11,6 +11,7 @@ import untrojan
 from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
 from untrojan.registry import parse
+from untrojan.sources.files import Checkpoint
 
 SHARED = Path("../shared")
 TRIGGERS = SHARED / "checkpoints" / "triggers"
@@ -32,6 +33,14 @@ class Case(NamedTuple):
     def classes(self) -> int:
         """How many there are."""
         return int(self.net.rpartition("=")[2])
+
+    def model(self) -> nn.Module:
+        """The network with its weights."""
+        return untrojan.load(Checkpoint.read(SHARED / "checkpoints" / self.file), self.net)
+
+    def trigger(self) -> Attack:
+        """What its publisher planted."""
+        return parse(self.attack, "untrojan.lab.attacks", Attack)
 
 
 CASES = {
@@ -146,7 +155,7 @@ def test_set(case: Case) -> untrojan.CleanSet:
 
 def measure(model: nn.Module, test: untrojan.CleanSet, case: Case) -> dict[str, float]:
     """ACC, ASR and RA as fractions, with the known trigger."""
-    scores = evaluate(model, test, parse(case.attack, "untrojan.lab.attacks", Attack), case.target)
+    scores = evaluate(model, test, case.trigger(), case.target)
     return {name: getattr(scores, name).value for name in ("acc", "asr", "ra")}
 
 

@@ -11,13 +11,9 @@ from typing import Any
 
 import methods
 import zoo
-from cases import CASES, SHARED, percent, test_set
+from cases import CASES, percent, test_set
 
-import untrojan
-from untrojan.lab.attack import Attack
 from untrojan.lab.evaluate import evaluate
-from untrojan.registry import parse
-from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
 
 CONFUSED = Path("benchmarks/records/confused.json")
@@ -31,9 +27,7 @@ def confused() -> dict[str, float]:
     if not CONFUSED.exists():
         found = {}
         for name, case in CASES.items():
-            model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / case.file), case.net)
-            attack = parse(case.attack, "untrojan.lab.attacks", Attack)
-            rate = evaluate(model, test_set(case), attack, case.target).asr_without_trigger
+            rate = evaluate(case.model(), test_set(case), case.trigger(), case.target).asr_without_trigger
             found[name] = rate.value if rate else None
         write_atomic(CONFUSED, (json.dumps(found, indent=1) + "\n").encode())
     return json.loads(CONFUSED.read_text())

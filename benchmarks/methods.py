@@ -25,10 +25,9 @@ from pool import side_by_side
 import untrojan
 from untrojan.defenses.defense import Defense
 from untrojan.device import chosen
-from untrojan.lab.attack import Attack
 from untrojan.lab.victim import poison
 from untrojan.record import Diagnosis
-from untrojan.registry import discover, parse
+from untrojan.registry import discover
 from untrojan.run import forget_peak_memory
 from untrojan.sources.files import Checkpoint
 from untrojan.writing import write_atomic
@@ -94,7 +93,7 @@ def run(cell: Cell) -> None:
     setting = SETTINGS[cell.setting]
     clean = drawn(cell)
     if setting.poisoned:
-        attack = parse(case.attack, "untrojan.lab.attacks", Attack)
+        attack = case.trigger()
         clean = poison(clean, attack, case.target, setting.poisoned, cell.seed)
         diagnosis = untrojan.scan(model, clean, seed=cell.seed).diagnosis
     else:
@@ -246,7 +245,7 @@ def strangers() -> dict[str, dict[str, dict[str, float]]]:
     for name, known in CASES.items():
         for other, case in CASES.items():
             if other != name and case.test == known.test:
-                model = untrojan.load(Checkpoint.read(SHARED / "checkpoints" / case.file), case.net).to(chosen())
+                model = case.model().to(chosen())
                 found.setdefault(name, {})[other] = measure(model, test_set(case), known)
     return found
 

@@ -187,16 +187,19 @@ def repaired() -> Iterator[str]:
             f"| {name}{older} | {told['verdict']} | {named} | {told['status']} | {_three(told['before'])} | "
             f"{_three(told['after'])} | {seconds:.0f} |"
         )
-    named = [told for told in _of_victims() if _is_named(told)]
-    yield f"\n{_mean(_of_victims())} over all {len(victims())} victims;"
+    told = _of_victims()
+    named = [each for each in told if _is_named(each)]
+    yield f"\n{_mean(told)} over all {len(told)} victims;"
     yield f"{_mean(named)} over the {len(named)} whose label is named."
     yield MISSED
 
 
 def victims() -> list[dict[str, dict[str, float]]]:
     """ACC, ASR and RA of each victim that was repaired, before and after."""
-    shown = [{when: told[when] for when in ("before", "after")} for told in _of_victims()]
-    return [{when: {key: each[when][key]["value"] for key in ("acc", "asr", "ra")} for when in each} for each in shown]
+    return [
+        {when: {key: told[when][key]["value"] for key in ("acc", "asr", "ra")} for when in ("before", "after")}
+        for told in _of_victims()
+    ]
 
 
 def _cells() -> list[dict[str, Any]]:
